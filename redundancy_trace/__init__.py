@@ -1,0 +1,58 @@
+"""See how redundancy arises in language models while they train.
+
+Attention, MLP and block of every layer are scored at every checkpoint. Importing this package imports neither torch
+nor transformers nor matplotlib; its functions do when they need them.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from redundancy_trace.checkpoints import list_checkpoints
+    from redundancy_trace.errors import CheckpointError, InputError, TraceError
+    from redundancy_trace.figures import draw_figures, plot_depth, plot_heatmap, plot_loss, plot_training_heatmaps
+    from redundancy_trace.store import read_distances, read_scores
+    from redundancy_trace.sweep import score_model, trace
+
+# Public name → the module that has it.
+_HOMES = {
+    "CheckpointError": "errors",
+    "InputError": "errors",
+    "TraceError": "errors",
+    "draw_figures": "figures",
+    "list_checkpoints": "checkpoints",
+    "plot_depth": "figures",
+    "plot_heatmap": "figures",
+    "plot_loss": "figures",
+    "plot_training_heatmaps": "figures",
+    "read_distances": "store",
+    "read_scores": "store",
+    "score_model": "sweep",
+    "trace": "sweep",
+}
+
+__all__ = [
+    "CheckpointError",
+    "InputError",
+    "TraceError",
+    "draw_figures",
+    "list_checkpoints",
+    "plot_depth",
+    "plot_heatmap",
+    "plot_loss",
+    "plot_training_heatmaps",
+    "read_distances",
+    "read_scores",
+    "score_model",
+    "trace",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

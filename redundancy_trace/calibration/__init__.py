@@ -1,0 +1,26 @@
+"""Text to fixed token batches: what every checkpoint of a run is scored on.
+
+`batches` joins, cuts, hashes and checks token ids; `texts` reads corpora; `datasets` finds text in Hub datasets;
+`tokenizers` finds the tokenizer; `loading` puts them together and keeps the ids in the run. No torch.
+"""
+
+from redundancy_trace.calibration.batches import check_ids, check_length, token_hash
+from redundancy_trace.calibration.loading import Calibration, load_calibration
+from redundancy_trace.calibration.tokenizers import (
+    TokenizerSource,
+    find_tokenizer,
+    load_tokenizer,
+    prefix_ids,
+)
+
+__all__ = [
+    "Calibration",
+    "TokenizerSource",
+    "check_ids",
+    "check_length",
+    "find_tokenizer",
+    "load_calibration",
+    "load_tokenizer",
+    "prefix_ids",
+    "token_hash",
+]

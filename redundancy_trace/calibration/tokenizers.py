@@ -1,0 +1,125 @@
+"""Where the tokenizer is, and which special tokens it puts in front of a sequence."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from redundancy_trace.checkpoints import is_local, tokenizer_files
+from redundancy_trace.errors import InputError
+from redundancy_trace.hub import Hub, RepoFile
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# One of them makes a tokenizer; the others only describe it.
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+
+
+@dataclass(frozen=True)
+class TokenizerSource:
+    """A place where a tokenizer may be.
+
+    Attributes:
+        place: A local folder, or a Hub repository.
+        revision: Branch, tag or commit of the repository.
+    """
+
+    place: Path | str
+    revision: str = "main"
+
+    def __str__(self) -> str:
+        pinned = isinstance(self.place, str) and self.revision != "main"
+        return f"{self.place} at {self.revision[:12]}" if pinned else str(self.place)
+
+
+def find_tokenizer(
+    candidates: Sequence[TokenizerSource],
+    *,
+    named: str | None = None,
+    hub: Hub | None = None,
+    trust_remote_code: bool = False,
+) -> "PreTrainedTokenizerBase":
+    """The tokenizer of the first candidate that has one.
+
+    Args:
+        candidates: Where to look, in order; one without a tokenizer is passed over.
+        named: What the user named with `--tokenizer` (folder or repository); nothing else is then looked at.
+        hub: Where repositories come from.
+        trust_remote_code: Whether the repository's own code may be run.
+
+    Raises:
+        InputError: None has one; says where was looked and why each would not do.
+    """
+    hub = hub or Hub()
+    if named is not None:
+        place = Path(named).expanduser() if is_local(named) else named
+        candidates = [TokenizerSource(place)]
+    tried = []
+    for source in dict.fromkeys(candidates):
+        try:
+            return load_tokenizer(source, hub, trust_remote_code=trust_remote_code)
+        except InputError as error:
+            tried.append(str(error))
+    if named is not None:
+        raise InputError(f"--tokenizer {named}: {tried[0]}")
+    looked = "".join(f"\n  {line}" for line in tried) or " (nowhere to look)"
+    raise InputError(
+        f"No tokenizer was found:{looked}\nName a repository or folder that has one with --tokenizer, or give token "
+        "ids with --calibration tokens:FILE.npy."
+    )
+
+
+def load_tokenizer(source: TokenizerSource, hub: Hub, *, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
+    """The tokenizer of one folder or repository; of a repository only its tokenizer files are fetched.
+
+    Raises:
+        InputError: It has none, or transformers cannot load it.
+    """
+    folder = source.place if isinstance(source.place, Path) else _fetched(source, hub, code=trust_remote_code)
+    if not folder.is_dir():
+        raise InputError(f"{folder} is no folder.")
+    present = sorted(path.name for path in folder.iterdir())
+    if not any(name in present for name in _VOCABULARIES):
+        raise InputError(f"{source} has no tokenizer (none of {', '.join(_VOCABULARIES)}).")
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+    except Exception as error:  # a broken file raises whatever its parser does
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise InputError(f"{source} has a tokenizer that transformers cannot load: {lines[0]}") from error
+
+
+def prefix_ids(tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
+    """The special tokens that the tokenizer itself puts in front of a text: BOS for Llama, none for Pythia."""
+    bare = encode(tokenizer, "a")
+    full: list[int] = tokenizer("a", add_special_tokens=True, verbose=False)["input_ids"]
+    for start in range(len(full) - len(bare) + 1):
+        if full[start : start + len(bare)] == bare:
+            return tuple(full[:start])
+    return ()
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Ids of a text without special tokens."""
+    # Not verbose: the text may be longer than the model's positions, the sequences cut from it are not.
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def _fetched(source: TokenizerSource, hub: Hub, *, code: bool) -> Path:
+    """The folder in the user's Hub cache that holds the tokenizer files of a repository."""
+    repo = str(source.place)
+    commit = hub.resolve(repo, source.revision)
+    files = hub.files(repo, commit)
+    wanted = [file.path for file in (*tokenizer_files(files), *_beside(files, code=code))]
+    if not any(path in _VOCABULARIES for path in wanted):
+        raise InputError(f"{source} has no tokenizer (none of {', '.join(_VOCABULARIES)}).")
+    paths = [hub.cached_file(repo, path, commit) for path in wanted]
+    return paths[wanted.index(next(path for path in wanted if path in _VOCABULARIES))].parent
+
+
+def _beside(files: Sequence[RepoFile], *, code: bool) -> list[RepoFile]:
+    # transformers asks the config which class of tokenizer an old repository means.
+    return [file for file in files if file.path == "config.json" or (code and file.path.endswith(".py"))]

@@ -1,0 +1,157 @@
+"""From a model's name to its checkpoints: listed, ordered, selected; and to and from `listing.json`."""
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+from redundancy_trace.checkpoints.formats import weight_files
+from redundancy_trace.checkpoints.local import FileKey, is_local, local_checkpoints
+from redundancy_trace.checkpoints.names import ParsedName, parse_name
+from redundancy_trace.checkpoints.ordering import in_training_order, training_positions
+from redundancy_trace.checkpoints.records import Checkpoint, Listing
+from redundancy_trace.checkpoints.selection import full_commits, select, selector_items
+from redundancy_trace.errors import InputError
+from redundancy_trace.hub import Hub, RepoFile
+
+PARALLEL_TREES = 8
+
+
+def list_checkpoints(
+    model: str,
+    revisions: str = "log:20",
+    *,
+    endpoint: str | None = None,
+    offline: bool = False,
+    tokens_per_step: int | None = None,
+    remembered: Mapping[FileKey, str] | None = None,
+    known: Listing | None = None,
+) -> Listing:
+    """List the checkpoints of a model; no weights are moved or read.
+
+    Args:
+        model: Hub repository (`org/name`) or local folder.
+        revisions: Which are chosen: `all`, `every:10`, `log:20`, `linear:20`, `1000..50000`, `tokens:0..100B`,
+            `stage:1`, names, globs, commits, `@file`, or several with commas.
+        endpoint: Address of the Hub; None = `HF_ENDPOINT`, else huggingface.co.
+        offline: Only local folders and the user's Hub cache.
+        tokens_per_step: Tokens in one step, where names tell steps alone.
+        remembered: Hashes of local files that are known from before.
+        known: An earlier listing of the model: the files of a commit never change, so they are not asked for again.
+
+    Returns:
+        Every ref, in training order. Of a repository, files, bytes and format are known of the chosen ones only.
+
+    Raises:
+        InputError: No such model, no access, no network, or a selector that selects nothing.
+    """
+    model = model.strip()
+    if is_local(model):
+        ordered = in_training_order(local_checkpoints(model, remembered or {}))
+        placed = _with_tokens(ordered, tokens_per_step)
+        return Listing(model, "local", _with_choice(placed, revisions, model))
+    hub = Hub(endpoint=endpoint, offline=offline)
+    found = _with_tokens(in_training_order(_refs(hub, model)), tokens_per_step)
+    for commit in full_commits(selector_items(revisions), found):
+        found += (Checkpoint(name=commit, kind="other", commit=hub.resolve(model, commit)),)
+    return Listing(model, "hub", _with_files(hub, model, _with_choice(found, revisions, model), known))
+
+
+def listing_to_json(listing: Listing, remembered: Mapping[FileKey, str] | None = None) -> dict[str, Any]:
+    """What `listing.json` holds: the listing whole, and the hashes of local files that are known."""
+    return {
+        "model": listing.model,
+        "source": listing.source,
+        "checkpoints": [_checkpoint_to_json(checkpoint) for checkpoint in listing],
+        "hashes": [[*key, digest] for key, digest in sorted((remembered or {}).items())],
+    }
+
+
+def listing_from_json(data: Mapping[str, Any]) -> Listing:
+    """The listing that `listing_to_json` wrote.
+
+    Raises:
+        InputError: It is not one.
+    """
+    try:
+        return Listing(data["model"], data["source"], tuple(map(_checkpoint_from_json, data["checkpoints"])))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"listing.json is not one of this program ({error!r}); delete it to list again.") from error
+
+
+def remembered_from_json(data: Mapping[str, Any]) -> dict[FileKey, str]:
+    """The hashes of local files that `listing_to_json` wrote."""
+    return {(path, size, mtime_ns): digest for path, size, mtime_ns, digest in data.get("hashes", ())}
+
+
+def _refs(hub: Hub, repo: str) -> list[Checkpoint]:
+    """One checkpoint a ref; of a branch and a tag of one name the branch, as the Hub resolves it."""
+    found: dict[str, Checkpoint] = {}
+    for ref in hub.refs(repo):
+        parsed = (parse_name(ref.name) if ref.kind != "other" else None) or ParsedName()
+        checkpoint = Checkpoint(
+            name=ref.name,
+            kind=ref.kind,
+            commit=ref.commit,
+            stage=parsed.stage,
+            ingredient=parsed.ingredient,
+            seed=parsed.seed,
+            step=parsed.step,
+            tokens=parsed.tokens,
+            index=parsed.index,
+        )
+        found.setdefault(ref.name, checkpoint)
+    return list(found.values())
+
+
+def _with_tokens(checkpoints: Sequence[Checkpoint], tokens_per_step: int | None) -> tuple[Checkpoint, ...]:
+    """Tokens of those whose names tell only steps, if the user says how many a step has."""
+    if tokens_per_step is None:
+        return tuple(checkpoints)
+    parsed = [checkpoint for checkpoint in checkpoints if checkpoint.is_parsed]
+    positions = dict(zip((c.name for c in parsed), training_positions(parsed), strict=True))
+    return tuple(
+        replace(c, tokens=positions[c.name] * tokens_per_step) if c.step is not None and c.tokens is None else c
+        for c in checkpoints
+    )
+
+
+def _with_choice(checkpoints: Sequence[Checkpoint], revisions: str, model: str) -> tuple[Checkpoint, ...]:
+    chosen = set(select(checkpoints, revisions, model))
+    return tuple(replace(checkpoint, chosen=index in chosen) for index, checkpoint in enumerate(checkpoints))
+
+
+def _with_files(
+    hub: Hub, repo: str, checkpoints: Sequence[Checkpoint], known: Listing | None
+) -> tuple[Checkpoint, ...]:
+    """Files, bytes and format of the chosen ones: one request for each commit."""
+    trees = {c.commit: c.files for c in known or () if c.commit and c.files}
+    commits = sorted({c.commit for c in checkpoints if c.chosen and c.commit and c.commit not in trees})
+    with ThreadPoolExecutor(PARALLEL_TREES, "listing") as pool:
+        trees |= dict(zip(commits, pool.map(lambda commit: hub.files(repo, commit), commits), strict=True))
+
+    def with_files(checkpoint: Checkpoint) -> Checkpoint:
+        if not checkpoint.chosen or checkpoint.commit is None:
+            return checkpoint
+        files = trees[checkpoint.commit]
+        weights = weight_files(files)
+        return replace(checkpoint, files=files, bytes=weights.bytes, format=weights.format)
+
+    return tuple(map(with_files, checkpoints))
+
+
+def _checkpoint_to_json(checkpoint: Checkpoint) -> dict[str, Any]:
+    data = {field.name: getattr(checkpoint, field.name) for field in fields(checkpoint)}
+    data["path"] = None if checkpoint.path is None else str(checkpoint.path)
+    data["files"] = None if checkpoint.files is None else [asdict(file) for file in checkpoint.files]
+    return data
+
+
+def _checkpoint_from_json(data: Mapping[str, Any]) -> Checkpoint:
+    files = data["files"]
+    known: dict[str, Any] = dict(data) | {
+        "path": None if data["path"] is None else Path(data["path"]),
+        "files": None if files is None else tuple(RepoFile(**file) for file in files),
+    }
+    return Checkpoint(**known)

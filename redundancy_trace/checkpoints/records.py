@@ -1,0 +1,118 @@
+"""What a checkpoint is, and what a listing of them is."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from redundancy_trace.hub import RepoFile
+
+if TYPE_CHECKING:
+    import polars as pl
+
+CheckpointKind = Literal["branch", "tag", "subfolder", "repo", "local", "other"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """One saved state of one training run; what is unknown is None.
+
+    Attributes:
+        name: The revision (branch or tag), or the folder.
+        kind: How it is published.
+        commit: 40 hex digits. Of a local folder: a hash of its config and weights, None until it is computed.
+        stage: Stage of the training, from 1.
+        ingredient: One of several parallel anneals.
+        seed: Name of the random seed.
+        step: Optimizer steps, as the name says.
+        tokens: Tokens seen: as the name says, else steps times the tokens per step that the user gave.
+        index: A running number that is neither steps nor tokens.
+        path: The folder of a local checkpoint.
+        files: Every file of the commit; None where it was not asked for.
+        bytes: Size of the weight files of the one format that is used.
+        format: `safetensors` or `bin`; None where not asked for, and where there are no weights.
+        duplicate_of: Name of the checkpoint whose weights it repeats.
+        partial_duplicate_of: Name of the checkpoint some of whose weight files it repeats.
+        chosen: Whether `--revisions` selects it.
+    """
+
+    name: str
+    kind: CheckpointKind
+    commit: str | None = None
+    stage: int | None = None
+    ingredient: int | None = None
+    seed: str | None = None
+    step: int | None = None
+    tokens: int | None = None
+    index: int | None = None
+    path: Path | None = None
+    files: tuple[RepoFile, ...] | None = None
+    bytes: int | None = None
+    format: str | None = None
+    duplicate_of: str | None = None
+    partial_duplicate_of: str | None = None
+    chosen: bool = False
+
+    @property
+    def is_parsed(self) -> bool:
+        """Whether its name places it in the training."""
+        return self.step is not None or self.index is not None or self.tokens is not None
+
+
+# The columns of `trace list --json`, in order.
+ROW_FIELDS = (
+    "name",
+    "kind",
+    "commit",
+    "stage",
+    "ingredient",
+    "seed",
+    "step",
+    "tokens",
+    "bytes",
+    "format",
+    "duplicate_of",
+    "partial_duplicate_of",
+    "chosen",
+)
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Every ref of a model in training order, refs without a place in it last.
+
+    Attributes:
+        model: As the user named it.
+        source: Where it is.
+        checkpoints: All that were seen, chosen or not.
+    """
+
+    model: str
+    source: Literal["hub", "local"]
+    checkpoints: tuple[Checkpoint, ...]
+
+    @property
+    def chosen(self) -> tuple[Checkpoint, ...]:
+        """The checkpoints that `--revisions` selects, in training order."""
+        return tuple(checkpoint for checkpoint in self.checkpoints if checkpoint.chosen)
+
+    def __len__(self) -> int:
+        return len(self.checkpoints)
+
+    def __iter__(self) -> Iterator[Checkpoint]:
+        return iter(self.checkpoints)
+
+    def to_json_rows(self) -> list[dict[str, Any]]:
+        """One object a ref, as `trace list --json` prints them; unknown is None."""
+        return [{field: getattr(checkpoint, field) for field in ROW_FIELDS} for checkpoint in self.checkpoints]
+
+    def to_frame(self) -> "pl.DataFrame":
+        """The same as a polars frame."""
+        import polars as pl
+
+        integers = ("stage", "ingredient", "step", "tokens", "bytes")
+        schema = {
+            field: pl.Int64 if field in integers else pl.Boolean if field == "chosen" else pl.String
+            for field in ROW_FIELDS
+        }
+        return pl.DataFrame(self.to_json_rows(), schema=schema)

@@ -1,0 +1,317 @@
+"""The streaming engine: layer by layer in one pass, in memory that does not grow with depth."""
+
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from redundancy_trace.blocks import (
+    PROBE_TOKENS,
+    Decomposition,
+    LayerStates,
+    find_layers,
+    layer_kind,
+    prove,
+    tap,
+)
+from redundancy_trace.engine.checks import check_calibration, check_identity
+from redundancy_trace.engine.sums import (
+    DistanceSums,
+    LayerSums,
+    LossSums,
+    distance_sequences,
+)
+from redundancy_trace.errors import CheckpointError
+from redundancy_trace.metrics import ModelScores, Value
+from redundancy_trace.weights import EmptyModel, build_empty_model, release_
+
+
+@dataclass(frozen=True)
+class LayerArguments:
+    """What the model hands to one of its layers beside the hidden state, such as masks and position embeddings."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def to_float32(self) -> "LayerArguments":
+        """The same with floating tensors in float32, for the probe."""
+        return LayerArguments(_map_floats(self.args), _map_floats(self.kwargs))
+
+
+def score_folder(
+    folder: Path,
+    token_ids: np.ndarray,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    batch_size: int,
+    trust_remote_code: bool = False,
+    on_layer: Callable[[int, int], None] | None = None,
+) -> ModelScores:
+    """Score a checkpoint folder layer by layer.
+
+    Args:
+        folder: config.json and weights.
+        token_ids: Calibration, shape (N, T), integers.
+        device: Where the arithmetic is done.
+        dtype: Compute dtype, float32 or bfloat16.
+        batch_size: Sequences a forward.
+        trust_remote_code: Whether model code in the folder may be run.
+        on_layer: Called with (layers done, layers in all).
+
+    Raises:
+        CheckpointError: If weights are incomplete, the proof fails, or a state is not finite.
+        InputError: If the token ids do not fit the model.
+    """
+    empty = build_empty_model(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    model = empty.model
+    layers_name, layers = find_layers(model)
+    check_calibration(token_ids, model)
+    with torch.inference_mode():
+        ids = torch.as_tensor(token_ids, dtype=torch.long)
+        inputs = _load_outside_layers_(empty, layers_name, ids).to(device)
+        batches = [inputs[i : i + batch_size] for i in range(0, len(inputs), batch_size)]
+        states, arguments = _embed(model, layers, batches)
+        probe = _dry_run(model, layers, inputs[:1, :PROBE_TOKENS]).arguments
+
+        values: list[Value] = []
+        proven: dict[Hashable, Decomposition] = {}
+        distances = DistanceSums(distance_sequences(*token_ids.shape, width=states[0].shape[-1], n_layers=len(layers)))
+        _add_state(distances, states)
+        for index in range(len(layers)):
+            with _loaded(empty, layers_name, layers, index) as layer:
+                kind = layer_kind(layers, index, model.config)
+                if kind not in proven:
+                    proven[kind] = _prove(empty, layers, index, states[0], probe[index])
+                sums = LayerSums(index, dtype)
+                _run_layer_(layer, proven[kind], states, arguments, index, sums)
+            values += sums.values()
+            _add_state(distances, states)
+            if on_layer is not None:
+                on_layer(index + 1, len(layers))
+        empty.load_head_()
+        loss = LossSums(dtype)
+        for batch, original, state in zip(batches, ids.split(batch_size), states, strict=True):
+            _add_loss(model, layers, batch, original.to(device), state, loss)
+    return ModelScores((*values, loss.value()), distances.distances())
+
+
+def _load_outside_layers_(empty: EmptyModel, layers_name: str, ids: Tensor) -> Tensor:
+    """Load all that stands outside the layers but the head; returns the ids to feed.
+
+    Of the embedding only the rows that the calibration uses are loaded; the ids then count those rows.
+    """
+    model = empty.model
+    names = {id(module): name for name, module in model.named_modules()}
+    apart = [layers_name, names[id(model.get_input_embeddings())]]
+    if (head := model.get_output_embeddings()) is not None:
+        apart.append(names[id(head)])
+    elsewhere = {stored for name in apart for stored in empty.stored_names(name)}
+    empty.load_(stored for stored in empty.targets if stored not in elsewhere)
+    rows = ids.unique()
+    if empty.load_embedding_rows_(rows):
+        return torch.searchsorted(rows, ids)
+    empty.load_(empty.stored_names(apart[1]))
+    return ids
+
+
+class _Recorder(nn.Module):
+    """Stands in for a layer: keeps what it is given and returns its hidden state, or `answer`, unchanged."""
+
+    def __init__(self, original: nn.Module, *, as_tuple: bool, answer: Tensor | None = None) -> None:
+        super().__init__()
+        self._original = (original,)  # in a tuple, so that it does not become a submodule
+        self._as_tuple = as_tuple
+        self._answer = answer
+        self.hidden: Tensor | None = None
+        self.seen: LayerArguments | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # Models read attributes of their layers, `attention_type` for one, to choose a mask.
+            return getattr(self.__dict__["_original"][0], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Keep the arguments; return the hidden state or the answer."""
+        if args:
+            self.hidden, args = args[0], args[1:]
+        else:
+            self.hidden = kwargs.pop("hidden_states")
+        self.seen = LayerArguments(args, kwargs)
+        result = self.hidden if self._answer is None else self._answer
+        return (result,) if self._as_tuple else result
+
+
+@dataclass(frozen=True)
+class _DryRun:
+    """Result of a forward in which every layer returned its input: h_0, each layer's arguments, the output."""
+
+    hidden: Tensor
+    arguments: tuple[LayerArguments, ...]
+    output: Any
+
+
+@contextmanager
+def _replaced(layers: nn.ModuleList, recorders: list[_Recorder]) -> Iterator[None]:
+    originals = list(layers)
+    # Set as plain entries: the recorders must not become submodules with parameters of their own.
+    layers._modules = {str(i): recorder for i, recorder in enumerate(recorders)}
+    try:
+        yield
+    finally:
+        layers._modules = {str(i): layer for i, layer in enumerate(originals)}
+
+
+def _dry_run(
+    model: Any, layers: nn.ModuleList, ids: Tensor, answer: Tensor | None = None, *, head: bool = False
+) -> _DryRun:
+    """Run the model with every layer replaced by a recorder; the last one returns `answer` if that is given."""
+    failure: Exception | None = None
+    for as_tuple in (False, True):
+        recorders = [_Recorder(layer, as_tuple=as_tuple) for layer in layers[:-1]]
+        recorders.append(_Recorder(layers[-1], as_tuple=as_tuple, answer=answer))
+        with _replaced(layers, recorders):
+            try:
+                output = (model if head else model.base_model)(input_ids=ids, use_cache=False)
+            except Exception as error:
+                # A model whose layers return tuples takes element 0 of a bare state, its batch axis is gone, and it
+                # fails or goes on with two axes.
+                failure = failure or error
+                continue
+        # Of the base model the state behind the final norm, with the head the logits.
+        final = output.logits if head else output[0]
+        states = [recorder.hidden for recorder in recorders if recorder.hidden is not None]
+        if {state.shape for state in states} == {states[0].shape} and final.shape[:2] == states[0].shape[:2]:
+            seen = tuple(recorder.seen for recorder in recorders if recorder.seen is not None)
+            return _DryRun(states[0], seen, output)
+    reason = f" ({failure})" if failure is not None else ""
+    raise CheckpointError(
+        f"{type(model).__name__} does not hand one state from layer to layer{reason}; try --engine whole."
+    )
+
+
+def _embed(
+    model: Any, layers: nn.ModuleList, batches: list[Tensor]
+) -> tuple[list[Tensor], dict[int, tuple[LayerArguments, ...]]]:
+    """h_0 of every batch, and the layers' arguments by batch size.
+
+    Batches of one size get equal arguments, since no sequence is padded; where they differ the layers depend on the
+    tokens themselves and the recorded arguments of one batch would be wrong for the next.
+    """
+    states: list[Tensor] = []
+    arguments: dict[int, tuple[LayerArguments, ...]] = {}
+    compared = False
+    for batch in batches:
+        dry = _dry_run(model, layers, batch)
+        if len(dry.arguments) != len(layers):
+            raise CheckpointError(
+                f"{type(model).__name__} ran {len(dry.arguments)} of its {len(layers)} layers; try --engine whole."
+            )
+        states.append(dry.hidden.clone())
+        known = arguments.setdefault(len(batch), dry.arguments)
+        if known is not dry.arguments and not compared:
+            compared = True
+            if not all(
+                _same((a.args, a.kwargs), (b.args, b.kwargs)) for a, b in zip(known, dry.arguments, strict=True)
+            ):
+                raise CheckpointError(
+                    f"The layers of {type(model).__name__} are handed more than the state of the layer before them; "
+                    "try --engine whole."
+                )
+    return states, arguments
+
+
+@contextmanager
+def _loaded(empty: EmptyModel, layers_name: str, layers: nn.ModuleList, index: int) -> Iterator[nn.Module]:
+    """One layer with its weights, which are let go at the end."""
+    empty.load_(empty.stored_names(f"{layers_name}.{index}"))
+    try:
+        yield layers[index]
+    finally:
+        release_(layers[index])
+
+
+def _prove(
+    empty: EmptyModel, layers: nn.ModuleList, index: int, state: Tensor, arguments: LayerArguments
+) -> Decomposition:
+    """Probe the loaded layer in float32, whatever the compute dtype."""
+    layer = layers[index] if empty.dtype == torch.float32 else deepcopy(layers[index]).float()
+    # The proof counts in-place changes, which inference tensors do not record.
+    with torch.inference_mode(mode=False):
+        given = LayerArguments(_map_clones(arguments.args), _map_clones(arguments.kwargs)).to_float32()
+        x = state[:1, :PROBE_TOKENS].clone().float()
+        return prove(layer, index, x, given.args, given.kwargs, empty.model.config)
+
+
+def _run_layer_(
+    layer: nn.Module,
+    decomposition: Decomposition,
+    states: list[Tensor],
+    arguments: dict[int, tuple[LayerArguments, ...]],
+    index: int,
+    sums: LayerSums,
+) -> None:
+    """Run one layer over all batches, in place: each batch's state becomes the layer's output."""
+    current = 0
+
+    def on_states(seen: LayerStates) -> None:
+        if current == 0:
+            check_identity(seen, index)
+        sums.add(seen)
+        states[current] = seen.resid_post
+
+    with tap(layer, decomposition, on_states):
+        for current, state in enumerate(states):  # noqa: B007 - read by on_states
+            given = arguments[len(state)][index]
+            layer(state, *given.args, **given.kwargs)
+
+
+def _add_state(distances: DistanceSums, states: list[Tensor]) -> None:
+    for state in states:
+        distances.add(state)
+    distances.close()
+
+
+def _add_loss(
+    model: Any, layers: nn.ModuleList, batch: Tensor, original: Tensor, state: Tensor, loss: LossSums
+) -> None:
+    """Final norm and head on the last state, one sequence at a time: logits are the largest tensor of all."""
+    for i in range(len(batch)):
+        dry = _dry_run(model, layers, batch[i : i + 1], answer=state[i : i + 1], head=True)
+        loss.add(dry.output.logits, original[i : i + 1])
+
+
+def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, (tuple, list)):
+        return type(value)(_map(item, change) for item in value)
+    if isinstance(value, dict):
+        return {key: _map(item, change) for key, item in value.items()}
+    return value
+
+
+def _map_floats(value: Any) -> Any:
+    return _map(value, lambda t: t.float() if t.is_floating_point() else t)
+
+
+def _map_clones(value: Any) -> Any:
+    return _map(value, torch.clone)
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and torch.equal(a, b)
+    if isinstance(a, (tuple, list)):
+        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    return bool(a is b or a == b)

@@ -1,0 +1,149 @@
+"""From tokens to numbers: float64 sums over a calibration, means and standard errors over its sequences."""
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from redundancy_trace.blocks import LayerStates
+from redundancy_trace.errors import CheckpointError
+from redundancy_trace.metrics import Distance, Value
+from redundancy_trace.similarity import COMPARED, compare, unit, unit_similarity
+
+# States of all layers that the block-distance matrix may hold, in bytes of float32.
+DISTANCE_BYTES = 256 * 2**20
+
+
+def mean_and_error(sums_N: np.ndarray, counts_N: np.ndarray) -> tuple[float | None, float | None, int, int]:
+    """Mean over all tokens, its standard error over sequences, and how many of either counted.
+
+    Args:
+        sums_N: Sum over the counted tokens of each sequence, shape (N,), float64.
+        counts_N: Number of counted tokens of each sequence, shape (N,).
+
+    Returns:
+        mean (None if nothing counted), standard deviation of the sequences' means over √n (None below two sequences),
+        sequences with a counted token, counted tokens.
+    """
+    used = counts_N > 0
+    n_sequences, n_tokens = int(used.sum()), int(counts_N.sum())
+    if n_tokens == 0:
+        return None, None, 0, 0
+    value = math.fsum(sums_N[used]) / n_tokens
+    means = sums_N[used] / counts_N[used]
+    stderr = float(means.std(ddof=1)) / math.sqrt(n_sequences) if n_sequences > 1 else None
+    return value, stderr, n_sequences, n_tokens
+
+
+@dataclass
+class LayerSums:
+    """Running sums of one layer; batches arrive in order."""
+
+    layer: int
+    dtype: torch.dtype
+    _sums: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    _counts: dict[str, list[np.ndarray]] = field(default_factory=dict)
+
+    def add(self, states: LayerStates) -> None:
+        """Add one batch.
+
+        Raises:
+            CheckpointError: If a state is not finite: it names the layer and the dtype, and is never made a rank.
+        """
+        for component, x, y, update in states.components():
+            if not all(bool(torch.isfinite(t).all()) for t in (x, y, update)):
+                raise CheckpointError(not_finite(f"the {component} of layer {self.layer}", self.dtype))
+            compared = compare(x, y, update)  # (4, B, T)
+            counted = ~compared.isnan()
+            if not bool(torch.isfinite(torch.where(counted, compared, 0)).all()):
+                raise CheckpointError(not_finite(f"a norm in the {component} of layer {self.layer}", self.dtype))
+            sums = torch.where(counted, compared, 0).sum(dim=-1).cpu().numpy()
+            self._sums.setdefault(component, []).append(sums)
+            self._counts.setdefault(component, []).append(counted.sum(dim=-1).cpu().numpy())
+
+    def values(self) -> list[Value]:
+        """Every metric of attn, mlp and block of this layer."""
+        values = []
+        for component, sums in self._sums.items():
+            sums_MN = np.concatenate(sums, axis=1)
+            counts_MN = np.concatenate(self._counts[component], axis=1)
+            values += [
+                Value(self.layer, component, metric, *mean_and_error(sums_MN[i], counts_MN[i]))
+                for i, metric in enumerate(COMPARED)
+            ]
+        return values
+
+
+@dataclass
+class LossSums:
+    """Running sums of the next-token loss."""
+
+    dtype: torch.dtype
+    _sums: list[float] = field(default_factory=list)
+    _counts: list[int] = field(default_factory=list)
+
+    def add(self, logits_BTV: Tensor, ids_BT: Tensor) -> None:
+        """Add one batch: logits of shape (B, T, V) and the token ids they were computed from."""
+        for logits_TV, ids_T in zip(logits_BTV, ids_BT, strict=True):
+            losses = torch.nn.functional.cross_entropy(logits_TV[:-1].float(), ids_T[1:], reduction="none")
+            total = float(losses.double().sum())
+            if not math.isfinite(total):
+                raise CheckpointError(not_finite("the loss", self.dtype))
+            self._sums.append(total)
+            self._counts.append(len(losses))
+
+    def value(self) -> Value:
+        """Mean loss in nats per token."""
+        return Value(None, "model", "loss", *mean_and_error(np.array(self._sums), np.array(self._counts)))
+
+
+def distance_sequences(n_sequences: int, length: int, *, width: int, n_layers: int) -> int:
+    """How many whole sequences the block-distance matrix is computed on: what fits 256 MiB, at least one."""
+    return max(1, min(n_sequences, DISTANCE_BYTES // ((n_layers + 1) * length * width * 4)))
+
+
+@dataclass
+class DistanceSums:
+    """Residual states h_0 … h_L of the first sequences, each compared with all before it as it arrives."""
+
+    n_sequences: int
+    _units: list[Tensor] = field(default_factory=list)
+    _parts: list[Tensor] = field(default_factory=list)
+    _seen: int = 0
+    _distances: list[Distance] = field(default_factory=list)
+
+    def add(self, states_BTD: Tensor) -> None:
+        """Add one batch of the present state; sequences beyond the first `n_sequences` are passed over."""
+        wanted = self.n_sequences - self._seen
+        if wanted > 0:
+            self._parts.append(unit(states_BTD[:wanted]))
+            self._seen += min(wanted, len(states_BTD))
+
+    def close(self) -> None:
+        """The present state is complete: compare it with those before."""
+        present = torch.cat(self._parts)
+        j = len(self._units)
+        for i, before in enumerate(self._units):
+            both = unit_similarity(before, present)  # (2, n, T)
+            counted = ~both[0].isnan()
+            n_tokens = int(counted.sum())
+            sums = torch.where(counted, both, 0).flatten(1).sum(dim=1).tolist()
+            self._distances += [
+                Distance(i, j, metric, total / n_tokens if n_tokens else None, n_tokens)
+                for metric, total in zip(COMPARED[:2], sums, strict=True)
+            ]
+        self._units.append(present)
+        self._parts, self._seen = [], 0
+
+    def distances(self) -> tuple[Distance, ...]:
+        """All cells with layer < to_layer."""
+        return tuple(sorted(self._distances, key=lambda d: (d.layer, d.to_layer, d.metric)))
+
+
+def not_finite(what: str, dtype: torch.dtype) -> str:
+    """The message for a state that is infinite or no number."""
+    name = str(dtype).removeprefix("torch.")
+    hint = " Try --dtype float32." if dtype != torch.float32 else " The weights themselves may be broken."
+    return f"{what[0].upper()}{what[1:]} is not finite in {name}; it is no redundancy and gets no score.{hint}"

@@ -1,0 +1,221 @@
+"""Layer × training heatmaps: light = redundant, cells as wide as the checkpoints are apart."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import matplotlib as mpl
+import numpy as np
+import polars as pl
+from matplotlib.axes import Axes
+from matplotlib.collections import QuadMesh
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
+
+from redundancy_trace.analysis import metric_values, training_axis
+from redundancy_trace.figures.style import (
+    NOT_SCORED,
+    PAGE_WIDTH,
+    Array,
+    Limits,
+    axes_or_new,
+    beyond,
+    colour_limits,
+    colour_map,
+    component_label,
+    layer_metric,
+    layer_ticks,
+    name_colorbar,
+    paper_style,
+    title,
+)
+from redundancy_trace.figures.training import TrainingScale, dress_training, mesh_columns, training_scale
+from redundancy_trace.metrics import COMPONENTS, Metric
+
+# Thickness of the strip of layer 0 and of the gap beside it, as a share of that of all other layers.
+STRIP, GAP = 0.09, 0.03
+
+
+def plot_heatmap(
+    scores: pl.DataFrame,
+    *,
+    component: str = "attn",
+    metric: str = "importance",
+    ax: Axes | None = None,
+    training: Literal["x", "y"] = "x",
+    limits: Limits | None = None,
+    first_layer_limits: Limits | None = None,
+    colorbar: bool = True,
+) -> Axes:
+    """Layer × training heatmap of one component; light = redundant.
+
+    Layer 0 stands in a strip beside the others with colours and a scale of its own: its values are far above theirs.
+    Cells are as wide as the checkpoints are apart; what was not scored is hatched.
+
+    Args:
+        scores: Scores of one model.
+        component: `attn`, `mlp` or `block`.
+        metric: `importance` or a stored metric of layers.
+        ax: Where to draw; None = a new figure one column wide (`plot_heatmap(scores).figure`).
+        training: The side along which training runs; the layers are on the other.
+        limits: Colour limits of layers 1 and up. None = from what means "redundant" to the largest value, outliers
+            left out: then an arrow on the colour bar says up to where they reach.
+        first_layer_limits: The same for layer 0.
+        colorbar: Whether to draw the colour bars.
+
+    Returns:
+        The axes of layers 1 and up (of layer 0 where there is no other).
+
+    Raises:
+        InputError: If the metric or the component is not in the scores.
+    """
+    grids = _grids(scores, metric, (component,))
+    with axes_or_new(ax, height=2.8) as on:
+        meshes = _draw(on, grids, component, training, *_both_limits(grids, limits, first_layer_limits))
+        on.set_title(title(scores, f"{component_label(component)}") if ax is None else component_label(component))
+        if colorbar and on.figure is not None:
+            _colorbars(on.figure, [on], meshes, grids)
+        return on
+
+
+def plot_training_heatmaps(
+    scores: pl.DataFrame, *, metric: str = "importance", training: Literal["x", "y"] = "x"
+) -> Figure:
+    """Attention, MLP and Block side by side over training, on one colour scale; layer 0 on one of its own.
+
+    Args:
+        scores: Scores of one model.
+        metric: `importance` or a stored metric of layers.
+        training: The side along which training runs: `x`, or `y` as in Fig. 7 of arXiv 2406.15786.
+
+    Returns:
+        A figure as wide as a two-column page.
+
+    Raises:
+        InputError: If the metric is not in the scores.
+    """
+    components = [name for name in COMPONENTS if name in metric_values(scores, metric)["component"].to_list()]
+    grids = _grids(scores, metric, tuple(components))
+    limits = _both_limits(grids, None, None)
+    with paper_style():
+        height = float(np.clip(1.6 + 0.03 * grids.n_layers, 2.2, 3.4))
+        figure = Figure(figsize=(PAGE_WIDTH, height), layout="constrained")
+        panels = [figure.add_subplot(1, len(components), k + 1) for k in range(len(components))]
+        for ax, component in zip(panels, components, strict=True):
+            meshes = _draw(ax, grids, component, training, *limits)
+            ax.set_title(component_label(component))
+        # A panel may have hatched cells that others have not: the shared label is the one that says so.
+        x_label = max((ax.get_xlabel() for ax in panels), key=len)
+        y_label = max((ax.get_ylabel() for ax in panels), key=len)
+        for ax in panels:
+            ax.set_xlabel("")
+            ax.set_ylabel(y_label if ax is panels[0] else "")
+            ax.tick_params(axis="y", labelleft=ax is panels[0])
+        figure.supxlabel(x_label, fontsize="medium")
+        _colorbars(figure, panels, meshes, grids)
+        figure.suptitle(title(scores, f"{layer_metric(metric).name.replace('_', ' ')} over training"))
+        return figure
+
+
+@dataclass(frozen=True)
+class _Grids:
+    """Values of one metric by component, shape (layers, checkpoints) each; NaN = not scored."""
+
+    metric: Metric
+    scale: TrainingScale
+    by_component: dict[str, Array]
+
+    @property
+    def n_layers(self) -> int:
+        return len(next(iter(self.by_component.values())))
+
+    @property
+    def body(self) -> slice:
+        """The layers of the main part: all but layer 0, if there are others."""
+        return slice(1 if self.n_layers > 1 else 0, self.n_layers)
+
+    def values(self, layers: slice) -> Array:
+        return np.concatenate([grid[layers].ravel() for grid in self.by_component.values()])
+
+    def parts(self) -> list[tuple[str, Array]]:
+        """Label and values of the main part and, if there is one, of the strip of layer 0."""
+        last = self.n_layers - 1
+        which = "layer 0" if last == 0 else f"layers 1–{last}" if last > 1 else "layer 1"
+        parts = [(f"{self.metric.label}\n{which}", self.values(self.body))]
+        if last:
+            parts.append(("layer 0", self.values(slice(0, 1))))
+        return parts
+
+
+def _grids(scores: pl.DataFrame, metric: str, components: tuple[str, ...]) -> _Grids:
+    kind = layer_metric(metric)
+    values = metric_values(scores, metric)
+    scale = training_scale(training_axis(scores))
+    n_layers = 1 + int(values["layer"].to_numpy().max())
+    grids = {}
+    for component in components:
+        rows = metric_values(scores, metric, component)
+        grid = np.full((n_layers, scale.values.size), np.nan)
+        grid[rows["layer"].to_numpy(), rows["order"].to_numpy()] = rows["value"].to_numpy()
+        grids[component] = grid
+    return _Grids(kind, scale, grids)
+
+
+def _both_limits(grids: _Grids, limits: Limits | None, first_layer: Limits | None) -> tuple[Limits, Limits]:
+    return (
+        limits or colour_limits(grids.values(grids.body), grids.metric),
+        first_layer or colour_limits(grids.values(slice(0, 1)), grids.metric),
+    )
+
+
+def _draw(
+    ax: Axes, grids: _Grids, component: str, training: Literal["x", "y"], limits: Limits, first_layer: Limits
+) -> list[QuadMesh]:
+    """The meshes of layers 1 and up and of the strip of layer 0, with everything but titles and colour bars."""
+    grid, scale = grids.by_component[component], grids.scale
+    columns, shown = mesh_columns(scale)
+    hole = np.full(grids.n_layers, np.nan)
+    cells = np.ma.masked_invalid(np.stack([hole if k is None else grid[:, k] for k in shown], axis=1))
+    ax.patch.set(**NOT_SCORED)
+
+    def draw(rows: Array, values: Array, limits: Limits, *, first: bool) -> QuadMesh:
+        x, y, colours = (columns, rows, values) if training == "x" else (rows, columns, values.T)
+        colour = colour_map(grids.metric, first_layer=first)
+        return ax.pcolormesh(x, y, colours, cmap=colour, vmin=limits[0], vmax=limits[1], rasterized=True)
+
+    across, along = (ax.axhspan, ax.axvspan) if training == "x" else (ax.axvspan, ax.axhspan)
+    n_layers, ticks, names = grids.n_layers, [0.0], ["0"]
+    if n_layers == 1:
+        meshes, low = [draw(np.array([-0.5, 0.5]), cells, limits, first=True)], -0.5
+    else:
+        meshes = [draw(np.arange(0.5, n_layers), cells[1:], limits, first=False)]
+        width, gap = STRIP * (n_layers - 1), GAP * (n_layers - 1)
+        high, low = 0.5 - gap, 0.5 - gap - width
+        meshes.append(draw(np.array([low, high]), cells[:1], first_layer, first=True))
+        across(high, 0.5, facecolor="white", edgecolor="black", linewidth=mpl.rcParams["axes.linewidth"])
+        layers = layer_ticks(1, n_layers - 1)
+        ticks, names = [(low + high) / 2, *map(float, layers)], ["0", *map(str, layers)]
+    for k in range(scale.n_placed, scale.values.size):  # nothing is missing in front of what has no step
+        along(scale.ends[k - 1], scale.starts[k], color="white", linewidth=0)
+
+    n_holes = shown.count(None) - (scale.values.size - scale.n_placed)
+    dress_training(ax, scale, training, note="hatched: not scored" if n_holes or np.isnan(grid).any() else "")
+    side = ax.yaxis if training == "x" else ax.xaxis
+    side.set_major_locator(FixedLocator(ticks))
+    side.set_major_formatter(FixedFormatter(names))
+    side.set_minor_locator(NullLocator())
+    side.set_label_text("layer")
+    (ax.set_ylim if training == "x" else ax.set_xlim)(low, n_layers - 0.5)
+    return meshes
+
+
+def _colorbars(figure: Figure | SubFigure, axes: Sequence[Axes], meshes: Sequence[QuadMesh], grids: _Grids) -> None:
+    """Colour bars on the right of the axes; without a layout engine the labels need room that nothing else makes."""
+    arranged = figure.get_figure(root=True).get_layout_engine() is not None
+    # The bar drawn last stands next to the axes: that of layers 1 and up.
+    for k in reversed(range(len(meshes))):
+        label, values = grids.parts()[k]
+        pad = 0.015 if arranged else (0.05, 0.3)[k]
+        aspect = 30 if len(axes) > 1 else 20
+        bar = figure.colorbar(meshes[k], ax=axes, extend=beyond(values, meshes[k].get_clim()), aspect=aspect, pad=pad)
+        name_colorbar(bar, label, values)

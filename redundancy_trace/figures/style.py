@@ -1,0 +1,191 @@
+"""How every figure looks: sizes and fonts as printed, colours, file metadata, short texts."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, Literal
+
+import matplotlib.style
+import numpy as np
+import polars as pl
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.colorbar import Colorbar
+from matplotlib.colors import Colormap
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from redundancy_trace.errors import InputError
+from redundancy_trace.metrics import COMPONENT_LABELS, IMPORTANCE, LAYER_METRICS, Metric
+
+Array = NDArray[np.float64]
+Limits = tuple[float, float]
+
+# Inches: one column and the full width of a two-column page; fonts are in points at that printed size.
+COLUMN_WIDTH = 3.4
+PAGE_WIDTH = 7.0
+STYLE: dict[str, Any] = {
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.labelsize": 8,
+    "figure.titlesize": 9,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "axes.linewidth": 0.6,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "xtick.minor.width": 0.4,
+    "ytick.minor.width": 0.4,
+    "xtick.major.size": 2.5,
+    "ytick.major.size": 2.5,
+    "xtick.minor.size": 1.5,
+    "ytick.minor.size": 1.5,
+    "hatch.linewidth": 0.4,
+    "savefig.dpi": 300,
+    # Type 42 keeps text as text: journals refuse Type 3 fonts.
+    "pdf.fonttype": 42,
+    "svg.hashsalt": "redundancy_trace",
+}
+# What a file would say of its day and its maker: left out, so that the same scores give the same bytes.
+FORMATS: dict[str, dict[str, None]] = {
+    "png": {"Software": None},
+    "pdf": {"CreationDate": None, "Creator": None, "Producer": None},
+    "svg": {"Date": None, "Creator": None},
+}
+NOT_SCORED = {"facecolor": "0.93", "edgecolor": "0.7", "hatch": "//////"}
+
+
+@contextmanager
+def paper_style() -> Iterator[None]:
+    """Matplotlib's defaults with the sizes above, whatever the user's own settings; they are restored."""
+    with matplotlib.style.context(["default", STYLE]):
+        yield
+
+
+@contextmanager
+def axes_or_new(ax: Axes | None, height: float) -> Iterator[Axes]:
+    """The given axes as they are, or new ones in a figure of their own, one column wide, in the paper's style."""
+    with paper_style() if ax is None else nullcontext():
+        yield ax or Figure(figsize=(COLUMN_WIDTH, height), layout="constrained").add_subplot()
+
+
+def layer_metric(name: str) -> Metric:
+    """Label and range of a metric that every layer has."""
+    known = {**LAYER_METRICS, IMPORTANCE.name: IMPORTANCE}
+    if name not in known:
+        raise InputError(f"{name!r} is no metric of layers. Those are: {', '.join(known)}.")
+    return known[name]
+
+
+def colour_map(metric: Metric, *, first_layer: bool = False) -> Colormap:
+    """Light = redundant; layer 0 has other colours, since it has another scale."""
+    if metric.redundant is None:
+        return _palette("vlag")
+    name = "mako" if first_layer else "rocket"
+    return _palette(name if metric.redundant == metric.high else name + "_r")
+
+
+def progress_map() -> Colormap:
+    """Early in training = light, late = dark."""
+    return _palette("crest")
+
+
+def _palette(name: str) -> Colormap:
+    colours = sns.color_palette(name, as_cmap=True)
+    if not isinstance(colours, Colormap):
+        raise TypeError(f"seaborn has no colour map {name!r}")
+    return colours
+
+
+def colour_limits(values: Array, metric: Metric) -> Limits:
+    """Limits from the value that means "redundant" to the largest, but no outlier stretches them.
+
+    Where the largest is over twice as far away as 95 of 100 values are, they reach half as far again as those do.
+    They lie around 0 where no value means "redundant".
+    """
+    values = values[np.isfinite(values)]
+    distances = np.abs(values - (metric.redundant or 0.0))
+    bound = 1e-6
+    if distances.size and distances.max() > 0:
+        common, largest = float(np.quantile(distances, 0.95)), float(distances.max())
+        bound = 1.5 * common if 0 < 2 * common < largest else largest
+    if metric.redundant is None:
+        return -bound, bound
+    if metric.redundant == metric.high:
+        return metric.redundant - bound, metric.redundant
+    return metric.redundant, metric.redundant + bound
+
+
+def beyond(values: Array, limits: Limits) -> Literal["neither", "min", "max", "both"]:
+    """At which ends of a colour bar values lie beyond it."""
+    values = values[np.isfinite(values)]
+    below, above = bool((values < limits[0]).any()), bool((values > limits[1]).any())
+    return "both" if below and above else "min" if below else "max" if above else "neither"
+
+
+def name_colorbar(bar: Colorbar, label: str, values: Array) -> None:
+    """Label a vertical colour bar; its arrows are explained by the values that they stand for."""
+    values = values[np.isfinite(values)]
+    ends = {"min": ("min",), "max": ("max",), "both": ("min", "max")}.get(bar.extend, ())
+    reach = [f"{values.min() if end == 'min' else values.max():.2g}" for end in ends]
+    bar.set_label(label + (f" (arrow: to {' and '.join(reach)})" if reach else ""))
+    bar.outline.set_linewidth(0.4)
+
+
+def plain(text: str) -> str:
+    """Text shown as it is: a dollar sign opens no formula."""
+    return text.replace("$", r"\$")
+
+
+def shortened(text: str, length: int) -> str:
+    """Text of at most `length` characters, the middle left out: ends tell names of checkpoints apart."""
+    if len(text) <= length:
+        return text
+    head = (length - 1) // 2
+    return f"{text[:head]}…{text[head + 1 - length :]}"
+
+
+def compact(value: float) -> str:
+    """A count for a tick.
+
+    Example:
+        >>> [compact(value) for value in (0, 512, 1000, 143000, 4.2e9)]
+        ['0', '512', '1k', '143k', '4.2B']
+    """
+    for unit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= 0.9995 * unit:
+            return f"{value / unit:.3g}{letter}"
+    return f"{value:.3g}"
+
+
+def layer_ticks(first: int, last: int, count: int = 8) -> list[int]:
+    """At most about `count` whole layers, the last among them: it often stands apart.
+
+    Example:
+        >>> layer_ticks(1, 31)
+        [4, 8, 12, 16, 20, 24, 28, 31]
+    """
+    stride = next(s for s in (1, 2, 4, 5, 8, 10, 16, 20, 25, 50, 100, 1000) if (last - first) / s < count)
+    ticks = [layer for layer in range(first, last + 1) if layer % stride == 0]
+    while ticks and 0 < last - ticks[-1] < 0.6 * stride:
+        ticks.pop()
+    return ticks if ticks and ticks[-1] == last else [*ticks, last]
+
+
+def model_name(scores: pl.DataFrame) -> str:
+    """The model as a title names it: a repository in full, of a folder the last part; empty where unknown."""
+    name = scores["model"].drop_nulls().first() if "model" in scores.columns else None
+    if name is None:
+        return ""
+    text = str(name).replace("\\", "/").rstrip("/")
+    return plain(text if text.count("/") <= 1 and text[:1] not in "./~" else text.rsplit("/", 1)[-1])
+
+
+def title(scores: pl.DataFrame, text: str) -> str:
+    """`text`, behind the model's name where it is known."""
+    name = model_name(scores)
+    return f"{name}: {text}" if name else text[:1].upper() + text[1:]
+
+
+def component_label(component: str) -> str:
+    """Attention, MLP, Block."""
+    return COMPONENT_LABELS.get(component, component)

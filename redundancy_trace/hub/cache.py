@@ -1,0 +1,75 @@
+"""The user's own Hub cache, read only: what of a repository is there without a network."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from redundancy_trace.errors import InputError, nearest
+from redundancy_trace.hub.records import COMMIT, Ref, RepoFile, RepoKind
+
+
+def cached_snapshot(repo: str, commit: str, paths: Sequence[str], kind: RepoKind) -> Path | None:
+    """The folder of a commit that holds every one of `paths`, else None."""
+    from huggingface_hub import try_to_load_from_cache
+
+    snapshot: Path | None = None
+    for path in paths:
+        found = try_to_load_from_cache(repo, path, revision=commit, repo_type=kind)
+        if not isinstance(found, str) or not Path(found).is_file():
+            return None
+        snapshot = Path(found).parents[path.count("/")]
+    return snapshot
+
+
+def cached_refs(repo: str, kind: RepoKind) -> tuple[Ref, ...]:
+    """Revisions once asked for by name, at the commit they then had (branch or tag is not recorded)."""
+    root = _folder(repo, kind) / "refs"
+    found = sorted(file for file in root.rglob("*") if file.is_file())
+    return tuple(Ref(file.relative_to(root).as_posix(), "branch", file.read_text().strip()) for file in found)
+
+
+def cached_commit(repo: str, revision: str, kind: RepoKind) -> str:
+    """The commit of a revision as the cache knows it.
+
+    Raises:
+        InputError: The cache does not know it; names those it knows.
+    """
+    if COMMIT.fullmatch(revision) and (_folder(repo, kind) / "snapshots" / revision).is_dir():
+        return revision
+    refs = cached_refs(repo, kind)
+    for ref in refs:
+        if ref.name == revision:
+            return ref.commit
+    names = ", ".join(nearest(revision, (ref.name for ref in refs)) or [ref.name for ref in refs[:3]])
+    raise InputError(
+        f"{repo} has no revision {revision!r} in the Hub cache (there: {names or 'none'}). "
+        "Leave out --offline to look on the Hub."
+    )
+
+
+def cached_files(repo: str, commit: str, kind: RepoKind) -> tuple[RepoFile, ...]:
+    """Those files of a commit that the cache holds."""
+    snapshot = _folder(repo, kind) / "snapshots" / commit
+    return tuple(
+        RepoFile(file.relative_to(snapshot).as_posix(), file.stat().st_size, _sha256_of_blob(file))
+        for file in sorted(snapshot.rglob("*"))
+        if file.is_file()
+    )
+
+
+def _folder(repo: str, kind: RepoKind) -> Path:
+    from huggingface_hub import constants
+
+    folder = Path(constants.HF_HUB_CACHE) / f"{kind}s--{repo.replace('/', '--')}"
+    if not folder.is_dir():
+        raise InputError(
+            f"{repo} is not in the Hub cache ({constants.HF_HUB_CACHE}), and the network is not to be used. "
+            "Leave out --offline (and HF_HUB_OFFLINE), or name a local folder."
+        )
+    return folder
+
+
+def _sha256_of_blob(file: Path) -> str | None:
+    # The cache names the blob of a large file by its SHA-256, of a small one by its git SHA-1.
+    name = file.resolve().name
+    return name if re.fullmatch(r"[0-9a-f]{64}", name) else None

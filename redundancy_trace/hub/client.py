@@ -1,0 +1,271 @@
+"""Asking a Hub: refs, commits, trees and files.
+
+The API calls are made here, on huggingface_hub's session and headers, because its own have no time-out and
+most give up at the first 429 or 503. File bodies go through its downloader, always by commit.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+from redundancy_trace.errors import CheckpointError, InputError, TraceError, nearest
+from redundancy_trace.hub.cache import cached_commit, cached_files, cached_refs, cached_snapshot
+from redundancy_trace.hub.failures import explained, first_line, retried
+from redundancy_trace.hub.progress import Meter
+from redundancy_trace.hub.records import COMMIT, Ref, RefKind, RepoFile, RepoKind
+
+REQUEST_TIMEOUT_SECONDS = 30.0
+PARALLEL_FILES = 8
+_REF_GROUPS: tuple[tuple[str, RefKind], ...] = (
+    ("branches", "branch"),
+    ("tags", "tag"),
+    ("converts", "other"),
+)
+
+
+@dataclass(frozen=True)
+class Hub:
+    """One Hub as one user sees it.
+
+    Attributes:
+        endpoint: Address of the server; None = `HF_ENDPOINT`, else https://huggingface.co.
+        token: Access token; None = what huggingface_hub finds (`HF_TOKEN`, `hf auth login`).
+        offline: Never ask the server: there is only what the user's own Hub cache holds.
+    """
+
+    endpoint: str | None = None
+    token: str | None = None
+    offline: bool = False
+
+    def __post_init__(self) -> None:
+        address = urlsplit(self.url)
+        if address.scheme not in ("http", "https") or not address.hostname:
+            raise InputError(
+                f"The endpoint {self.url!r} is no address; one looks like https://huggingface.co "
+                "(--endpoint, HF_ENDPOINT)."
+            )
+
+    @property
+    def url(self) -> str:
+        """Address of the server, without a trailing slash."""
+        return (self.endpoint or os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+
+    @property
+    def is_offline(self) -> bool:
+        """Whether no request may be made: `offline`, or the variable `HF_HUB_OFFLINE`."""
+        return self.offline or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
+
+    def refs(self, repo: str, kind: RepoKind = "model") -> tuple[Ref, ...]:
+        """Branches, tags and converts, in the server's order; one request. Offline: those the cache recorded.
+
+        Raises:
+            InputError: No such repository, no access, or no answer.
+        """
+        if self.is_offline:
+            return cached_refs(_checked(repo), kind)
+        with self._told(InputError, repo, kind=kind):
+            body, _ = self._get_json(f"/api/{kind}s/{_checked(repo)}/refs")
+            return tuple(
+                # A convert is only found by its full name.
+                Ref(item["ref" if ref_kind == "other" else "name"], ref_kind, item["targetCommit"])
+                for group, ref_kind in _REF_GROUPS
+                for item in body.get(group, ())
+            )
+
+    def resolve(self, repo: str, revision: str, kind: RepoKind = "model") -> str:
+        """The commit (40 hex digits) of a branch, tag or SHA; one request.
+
+        Raises:
+            InputError: No such repository or revision (names the nearest), no access, or no answer.
+        """
+        if self.is_offline:
+            return cached_commit(_checked(repo), revision, kind)
+        with self._told(InputError, repo, revision, kind=kind):
+            body, _ = self._get_json(f"/api/{kind}s/{_checked(repo)}/revision/{quote(revision, safe='')}")
+            return str(body["sha"])
+
+    def files(self, repo: str, commit: str, kind: RepoKind = "model") -> tuple[RepoFile, ...]:
+        """All files of a commit with size and hash; no content is moved. Offline: those that the cache holds.
+
+        Raises:
+            InputError: No such repository or commit, no access, or no answer.
+        """
+        if self.is_offline:
+            return cached_files(_checked(repo), commit, kind)
+        found: list[RepoFile] = []
+        page: str | None = f"/api/{kind}s/{_checked(repo)}/tree/{quote(commit, safe='')}?recursive=true"
+        with self._told(InputError, repo, commit, kind=kind):
+            while page:
+                entries, page = self._get_json(page)
+                found += [
+                    RepoFile(entry["path"], entry["size"], (entry.get("lfs") or {}).get("oid"))
+                    for entry in entries
+                    if entry["type"] == "file"
+                ]
+        return tuple(found)
+
+    def cached(self, repo: str, commit: str, paths: Sequence[str], kind: RepoKind = "model") -> Path | None:
+        """The folder in the user's own Hub cache that holds all of `paths` at `commit`, else None."""
+        return cached_snapshot(_checked(repo), commit, paths, kind)
+
+    def download(
+        self,
+        repo: str,
+        commit: str,
+        paths: Sequence[str],
+        folder: Path,
+        on_bytes: Callable[[int], None] | None = None,
+    ) -> None:
+        """Fetch files of a commit into `folder`, up to eight at a time; what it has of that commit stays.
+
+        Args:
+            repo: Repository.
+            commit: Its commit, 40 hex digits.
+            paths: Files, relative to the repository; they keep these paths below `folder`.
+            folder: Where they go.
+            on_bytes: Told the bytes of each chunk that arrives, never by two threads at once; negative when
+                a file starts again. An exception that it raises ends the download.
+
+        Raises:
+            CheckpointError: A file cannot be had: missing, no access, no answer, connection lost, no space.
+        """
+        if self.is_offline:
+            raise CheckpointError(
+                f"{repo} at {commit[:12]} is not in the Hub cache, and the network is not to be used. "
+                "Leave out --offline (and HF_HUB_OFFLINE) to download it."
+            )
+        meter = Meter(on_bytes)
+
+        def fetch_one(path: str) -> None:
+            with self._told(CheckpointError, repo, commit):
+                retried(
+                    lambda: self._download_file(repo, commit, path, folder, meter),
+                    patient=True,
+                    stopped=meter.stopped,
+                )
+
+        with ThreadPoolExecutor(PARALLEL_FILES, "download") as pool:
+            futures = [pool.submit(fetch_one, path) for path in paths]
+            try:
+                for future in futures:
+                    future.result()
+            except BaseException:
+                meter.stop()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def dataset_files(self, repo: str, revision: str = "main") -> tuple[RepoFile, ...]:
+        """All files of a dataset repository at a revision.
+
+        Raises:
+            InputError: As for `resolve` and `files`.
+        """
+        return self.files(repo, self.resolve(repo, revision, "dataset"), "dataset")
+
+    def dataset_file(self, repo: str, path: str, revision: str = "main") -> Path:
+        """One file of a dataset repository, in the user's own Hub cache; fetched if it is not there.
+
+        Raises:
+            InputError: As for `resolve`; or there is no such file.
+        """
+        return self.cached_file(repo, path, revision, "dataset")
+
+    def cached_file(self, repo: str, path: str, revision: str = "main", kind: RepoKind = "model") -> Path:
+        """One file that is worth keeping, in the user's own Hub cache; fetched if it is not there.
+
+        Raises:
+            InputError: As for `resolve`; or there is no such file.
+        """
+        from huggingface_hub import hf_hub_download
+
+        commit = self.resolve(repo, revision, kind)
+        if snapshot := self.cached(repo, commit, [path], kind):
+            return snapshot / path
+        if self.is_offline:
+            raise InputError(f"{path} of {repo} is not in the Hub cache; leave out --offline to download it.")
+        with self._told(InputError, repo, commit, kind=kind):
+            fetched = retried(
+                lambda: hf_hub_download(
+                    repo, path, revision=commit, repo_type=kind, endpoint=self.url, token=self.token
+                ),
+                patient=True,
+            )
+        return Path(fetched)
+
+    def _get_json(self, path: str) -> tuple[Any, str | None]:
+        """Body of an API call and the address of its next page."""
+        from huggingface_hub import get_session
+        from huggingface_hub.utils import (  # type: ignore[attr-defined]
+            build_hf_headers,
+            hf_raise_for_status,
+        )
+
+        def get() -> tuple[Any, str | None]:
+            response = get_session().get(
+                path if path.startswith("http") else self.url + path,
+                headers=build_hf_headers(token=self.token),
+                timeout=REQUEST_TIMEOUT_SECONDS,
+            )
+            hf_raise_for_status(response)
+            return response.json(), response.links.get("next", {}).get("url")
+
+        return retried(get, patient=False)
+
+    def _download_file(self, repo: str, commit: str, path: str, folder: Path, meter: Meter) -> None:
+        from huggingface_hub import hf_hub_download
+
+        with meter.one_file() as bar:
+            hf_hub_download(
+                repo,
+                path,
+                revision=commit,
+                local_dir=folder,
+                endpoint=self.url,
+                token=self.token,
+                tqdm_class=bar,
+            )
+
+    @contextmanager
+    def _told(
+        self, told_as: type[TraceError], repo: str, revision: str = "", *, kind: RepoKind = "model"
+    ) -> Iterator[None]:
+        """Turn what huggingface_hub and the network raise into one error of ours."""
+        import httpx2
+        from huggingface_hub.errors import RevisionNotFoundError
+
+        try:
+            yield
+        except RevisionNotFoundError:
+            raise told_as(self._unknown_revision(repo, revision, kind)) from None
+        except (httpx2.HTTPError, httpx2.InvalidURL, OSError) as error:
+            raise told_as(explained(error, repo, self.url)) from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            # A captive portal or a plain web server answers 200 with something else.
+            raise told_as(
+                f"{self.url} does not answer as a Hub does, asked for {repo} ({first_line(error)}). "
+                "Check --endpoint, HF_ENDPOINT and the network."
+            ) from error
+
+    def _unknown_revision(self, repo: str, revision: str, kind: RepoKind) -> str:
+        if COMMIT.fullmatch(revision):
+            return f"{repo} has no commit {revision} (mistyped, or its history was rewritten)."
+        names = [ref.name for ref in self.refs(repo, kind)]
+        like = nearest(revision, names) or names[:3]
+        return f"{repo} has no revision {revision!r}; nearest of its {len(names)}: {', '.join(like)}."
+
+
+def _checked(repo: str) -> str:
+    """The name, if it can be one of a repository."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise InputError(f"{repo!r} is no repository name (org/name). {first_line(error)}") from None
+    return repo

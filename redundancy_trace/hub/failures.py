@@ -1,0 +1,153 @@
+"""What is tried again after which wait, and the one message that a failure becomes."""
+
+import email.utils
+import threading
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+RETRY_ATTEMPTS = 6
+# A listing that cannot even connect is told sooner: likely causes are a wrong endpoint and no network at all.
+RETRY_ATTEMPTS_UNREACHABLE = 3
+RETRY_BASE_SECONDS = 1.0  # doubled each time
+RETRY_LONGEST_SECONDS = 30.0
+RATE_WINDOW_SECONDS = 301.0  # the Hub counts requests per five minutes: no honest Retry-After is longer
+_PASSING_STATUS = (408, 429, 500, 502, 503, 504)
+
+
+def retried(call: Callable[[], T], *, patient: bool, stopped: threading.Event | None = None) -> T:
+    """The call's result, tried again with growing waits while the fault may pass.
+
+    Args:
+        call: What to do; safe to repeat.
+        patient: Whether an unreachable server is waited for as long as a busy one (a sweep under way) or is
+            told soon (the first call of a run).
+        stopped: Once set, nothing is tried again and a wait ends.
+
+    Raises:
+        Exception: The last failure, as it came.
+    """
+    import httpx2
+    from tenacity import Retrying, retry_if_exception, sleep_using_event
+
+    stopped = stopped or threading.Event()
+
+    def give_up(state: Any) -> bool:
+        error = state.outcome.exception()
+        if stopped.is_set() or (seconds_asked(error) or 0.0) > RATE_WINDOW_SECONDS:
+            return True
+        unreachable = isinstance(root_of(error), httpx2.ConnectError | httpx2.ConnectTimeout)
+        most = RETRY_ATTEMPTS_UNREACHABLE if unreachable and not patient else RETRY_ATTEMPTS
+        return bool(state.attempt_number >= most)
+
+    def wait(state: Any) -> float:
+        grown = min(RETRY_BASE_SECONDS * float(2 ** (state.attempt_number - 1)), RETRY_LONGEST_SECONDS)
+        return max(grown, seconds_asked(state.outcome.exception()) or 0.0)
+
+    retrying = Retrying(
+        retry=retry_if_exception(_may_pass),
+        stop=give_up,
+        wait=wait,
+        sleep=sleep_using_event(stopped),
+        reraise=True,
+    )
+    return retrying(call)
+
+
+def root_of(error: BaseException | None) -> BaseException | None:
+    """What really happened: huggingface_hub wraps a failed HEAD in LocalEntryNotFoundError."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    while isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _may_pass(error: BaseException) -> bool:
+    import httpx2
+    from huggingface_hub.errors import HfHubHTTPError
+
+    root = root_of(error)
+    if isinstance(root, HfHubHTTPError):
+        return root.response.status_code in _PASSING_STATUS
+    if isinstance(root, httpx2.TransportError):
+        return not isinstance(root, httpx2.UnsupportedProtocol)
+    # A body of the wrong length is a bare OSError; faults of the disk carry a number.
+    return type(root) is OSError and root.errno is None
+
+
+def seconds_asked(error: BaseException | None) -> float | None:
+    """Seconds the server asks to wait: `RateLimit` with nothing left, else `Retry-After`, else None."""
+    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.utils import parse_ratelimit_headers  # type: ignore[attr-defined]
+
+    root = root_of(error)
+    if not isinstance(root, HfHubHTTPError):
+        return None
+    headers = root.response.headers
+    rate = parse_ratelimit_headers(headers)
+    if root.response.status_code == 429 and rate is not None and rate.remaining == 0:
+        return float(rate.reset_in_seconds) + 1.0  # the header is rounded down
+    asked = str(headers.get("Retry-After", "")).strip()
+    if asked.isdigit():
+        return float(asked)
+    try:
+        moment = email.utils.parsedate_to_datetime(asked)
+    except ValueError:
+        return None
+    return max(0.0, (moment - datetime.now(UTC)).total_seconds())
+
+
+def explained(error: BaseException, repo: str, url: str) -> str:
+    """One message for a failed call: what is wrong, and what to do about it."""
+    import httpx2
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HfHubHTTPError,
+        RepositoryNotFoundError,
+    )
+
+    root = root_of(error)
+    status = root.response.status_code if isinstance(root, HfHubHTTPError) else None
+    if isinstance(root, GatedRepoError):  # a RepositoryNotFoundError too, so it comes first
+        return (
+            f"{repo} is gated: accept its conditions at {url}/{repo}, then log in with `hf auth login` or set HF_TOKEN."
+        )
+    if isinstance(root, RepositoryNotFoundError) or status == 401:
+        return (
+            f"{repo} was not found at {url}: mistyped, private or gated. If you have access, log in with "
+            "`hf auth login` or set HF_TOKEN (an expired token looks the same). A local folder is named by "
+            f"its path, such as ./{repo}"
+        )
+    if isinstance(root, EntryNotFoundError) and isinstance(root, HfHubHTTPError):
+        return f"{repo} has no such file: {root.response.url}"
+    if status == 429:
+        wait = seconds_asked(root)
+        moment = f"{wait:.0f} s" if wait else "5 minutes"
+        return (
+            f"The rate limit of {url} is used up (429). Try again in {moment}; `hf auth login` or HF_TOKEN "
+            "gives a larger one. What is finished stays."
+        )
+    if status == 403:
+        return f"{url} refuses access to {repo} (403); check the rights of the token. {first_line(root)}"
+    if status is not None:
+        return f"{url} answered {status} for {repo}; try again later. {first_line(root)}"
+    if isinstance(root, httpx2.UnsupportedProtocol | httpx2.InvalidURL):
+        return f"The endpoint {url!r} is no address ({first_line(root)}); see --endpoint and HF_ENDPOINT."
+    if isinstance(root, httpx2.ConnectError | httpx2.ConnectTimeout | httpx2.ProxyError):
+        return (
+            f"Cannot reach {url} ({first_line(root)}). Check the network, --endpoint and HF_ENDPOINT; "
+            "--offline uses local folders and the Hub cache only."
+        )
+    if isinstance(root, httpx2.TransportError):
+        return f"The connection to {url} broke off ({first_line(root)}). Run again: what is finished stays."
+    return f"{repo}: {first_line(root)}"
+
+
+def first_line(error: BaseException | None) -> str:
+    """The first line of the error's text that says something, else the name of its class."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,96 @@
+"""Every option of a sweep, once: the command line, the Python call and the identity of a row all read this table."""
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from redundancy_trace.errors import InputError
+
+ENGINES = ("stream", "whole")
+DTYPES = ("auto", "float32", "bfloat16")
+
+
+def _option(default: Any, text: str, *, identity: bool) -> Any:
+    """One field: its default, its help text, and whether its value changes a stored number."""
+    return field(default=default, metadata={"help": text, "identity": identity})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TraceSettings:
+    """The settings of one sweep; each field is a flag of `trace` and an argument of `redundancy_trace.trace`."""
+
+    model: str | None = _option(None, "Hub repository (org/name) or local folder of checkpoints.", identity=False)
+    revisions: str = _option(
+        "log:20",
+        "Which checkpoints: all, every:N, log:N, linear:N, 1000..5000, 1000..5000/5, tokens:0..100B, stage:1, "
+        "a comma list of names, globs or SHAs, or @file.",
+        identity=False,
+    )
+    out: Path | None = _option(None, "Run folder [default: runs/<last part of the model's name>].", identity=False)
+    demo: bool = _option(
+        False, "Train a small Pythia-style model on built-in text and sweep it; no network.", identity=False
+    )
+    calibration: str | None = _option(
+        None,
+        "Text to score on: c4, pydoc, FILE.txt, tokens:FILE.npy, hf:NAME[:config][:split][:column] "
+        "[default: c4 for Hub models, pydoc for local folders, --demo and --offline].",
+        identity=False,  # the hash of the token ids stands for it
+    )
+    tokenizer: str | None = _option(
+        None, "Repository or folder of the tokenizer, where the model has none.", identity=False
+    )
+    samples: int = _option(64, "Number of calibration sequences.", identity=False)
+    sequence_length: int | None = _option(
+        None, "Tokens in each sequence [default: 512; 128 for --demo].", identity=False
+    )
+    batch_size: int | None = _option(
+        None, "Sequences per forward pass [default: from the sequence length].", identity=False
+    )
+    device: str = _option("auto", "auto, cpu, cuda, cuda:1 or mps.", identity=False)
+    dtype: str = _option(
+        "auto",
+        "auto, float32 or bfloat16; auto is float32 on CPU and MPS, bfloat16 on CUDA that has it.",
+        identity=True,
+    )
+    engine: str = _option(
+        "stream", "stream (layer by layer, constant memory) or whole (the model at once).", identity=False
+    )
+    keep: bool = _option(False, "Keep downloaded weights in the run folder.", identity=False)
+    tokens_per_step: int | None = _option(
+        None, "Tokens in one optimizer step, for a tokens axis where names carry none.", identity=False
+    )
+    trust_remote_code: bool = _option(False, "Run model code from the repository, pinned to the commit.", identity=True)
+    endpoint: str | None = _option(None, "Hub endpoint [default: HF_ENDPOINT].", identity=False)
+    offline: bool = _option(False, "No network: local folders and the Hub cache only.", identity=False)
+    json: bool = _option(False, "Print the result as JSON.", identity=False)
+    quiet: bool = _option(False, "No progress, only the result.", identity=False)
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("samples", 1),
+            ("sequence_length", 2),
+            ("batch_size", 1),
+            ("tokens_per_step", 1),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise InputError(f"{flag_of(name)} is {value}; it must be at least {least}.")
+        for name, known in (("engine", ENGINES), ("dtype", DTYPES)):
+            if getattr(self, name) not in known:
+                raise InputError(f"{flag_of(name)} is {getattr(self, name)!r}; known: {', '.join(known)}.")
+        if self.model is None and not self.demo:
+            raise InputError(
+                "No model is named. Try trace --model EleutherAI/pythia-70m, or trace --demo without a network."
+            )
+        if self.model is not None and self.demo:
+            raise InputError("--demo trains its own model; leave out --model or --demo.")
+
+
+def flag_of(name: str) -> str:
+    """The command-line flag of a field: `batch_size` is `--batch-size`."""
+    return "--" + name.replace("_", "-")
+
+
+def identity_fields() -> tuple[str, ...]:
+    """Fields whose value changes a stored number, beside the commit and the calibration tokens."""
+    return tuple(f.name for f in fields(TraceSettings) if f.metadata["identity"])

@@ -1,0 +1,369 @@
+"""The run folder: one parquet a checkpoint, written whole or not at all, each row traceable to what made it.
+
+Needs neither torch nor a network. Two processes may work on one run: files are written under names of their own and
+renamed, so that at worst a checkpoint is scored twice.
+"""
+
+import errno
+import hashlib
+import json
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from redundancy_trace.errors import InputError
+from redundancy_trace.metrics import Distance, ModelScores, Value, metric_versions
+
+_LABELS: dict[str, Any] = {
+    "model": pl.String,
+    "revision": pl.String,
+    "commit": pl.String,
+    "kind": pl.String,
+    "stage": pl.Int64,
+    "ingredient": pl.Int64,
+    "seed": pl.String,
+    "step": pl.Int64,
+    "tokens": pl.Int64,
+    "calibration": pl.String,
+}
+SCORE_SCHEMA: dict[str, Any] = {
+    **_LABELS,
+    "layer": pl.Int64,
+    "component": pl.String,
+    "metric": pl.String,
+    "value": pl.Float64,
+    "stderr": pl.Float64,
+    "n_sequences": pl.Int64,
+    "n_tokens": pl.Int64,
+    "identity": pl.String,
+}
+DISTANCE_SCHEMA: dict[str, Any] = {
+    **_LABELS,
+    "layer": pl.Int64,
+    "to_layer": pl.Int64,
+    "metric": pl.String,
+    "value": pl.Float64,
+    "n_tokens": pl.Int64,
+    "identity": pl.String,
+}
+# Rows of a run are read in training order.
+_ORDER = ("seed", "stage", "ingredient", "step", "tokens", "revision", "calibration")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Labels:
+    """What a row says of where its number comes from."""
+
+    model: str
+    revision: str
+    commit: str | None = None
+    kind: str | None = None
+    stage: int | None = None
+    ingredient: int | None = None
+    seed: str | None = None
+    step: int | None = None
+    tokens: int | None = None
+    calibration: str | None = None
+    identity: str | None = None
+
+
+@dataclass(frozen=True)
+class CalibrationRecord:
+    """One calibration of a run: what it is called in the rows, the hash of its ids, the file that holds them."""
+
+    label: str
+    sha256: str
+    file: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder and what it was made with.
+
+    Attributes:
+        folder: The folder.
+        model: The model all rows are of.
+        dtype: Compute dtype of all rows.
+        trust_remote_code: Whether code of the repository was run.
+        tokens_per_step: As the user gave it, for rows whose name carries no tokens.
+        calibrations: In the order in which they were added; readers take the first unless told.
+    """
+
+    folder: Path
+    model: str
+    dtype: str
+    trust_remote_code: bool
+    tokens_per_step: int | None
+    calibrations: tuple[CalibrationRecord, ...]
+
+
+def row_identity(commit: str, token_hash: str, settings: Mapping[str, Any]) -> str:
+    """SHA-256 over all that changes a stored number: commit, calibration tokens, metric versions, settings.
+
+    Args:
+        commit: 40 hex digits.
+        token_hash: SHA-256 of the calibration's ids.
+        settings: The settings that change a number, resolved (`auto` replaced by what it stands for).
+
+    Returns:
+        64 hex digits.
+    """
+    facts = {
+        "commit": commit,
+        "tokens": token_hash,
+        "metrics": metric_versions(),
+        "settings": dict(settings),
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def part_name(commit: str, identity: str) -> str:
+    """Name, without suffix, of the files of one checkpoint under one identity."""
+    return f"{commit[:12]}-{identity[:12]}"
+
+
+def read_run(folder: Path) -> Run | None:
+    """The run in a folder, None if the folder holds none yet.
+
+    Raises:
+        InputError: If `settings.json` is there but cannot be read.
+    """
+    file = folder / "settings.json"
+    if not file.is_file():
+        return None
+    try:
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        return Run(
+            folder,
+            kept["model"],
+            kept["dtype"],
+            kept["trust_remote_code"],
+            kept["tokens_per_step"],
+            tuple(CalibrationRecord(**record) for record in kept["calibrations"]),
+        )
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise InputError(
+            f"{file} cannot be read ({error}), so {folder} cannot be gone on with. Restore it, or use another --out."
+        ) from error
+
+
+def open_run(
+    folder: Path, *, model: str, trust_remote_code: bool, dtype: str | None, tokens_per_step: int | None
+) -> Run | None:
+    """The run in `folder` if it can be gone on with, None if the folder is free; makes sure it can be written to.
+
+    Args:
+        folder: `--out`; made if it is not there.
+        model: The model asked for.
+        trust_remote_code: As asked for.
+        dtype: The compute dtype asked for, None for `auto` (the run's own then holds).
+        tokens_per_step: As given.
+
+    Raises:
+        InputError: If the folder holds another run (the field is named) or something else, or is not writable.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".writable-{uuid.uuid4().hex}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"--out {folder} cannot be written to ({error.strerror}); try another --out.") from error
+    run = read_run(folder)
+    if run is None:
+        foreign = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+        if foreign:
+            raise InputError(
+                f"--out {folder} is not empty and holds no run ({', '.join(foreign[:3])}); name a new folder."
+            )
+        return None
+    asked = {
+        "model": model,
+        "dtype": dtype or run.dtype,
+        "trust_remote_code": trust_remote_code,
+        "metric_versions": metric_versions(),
+    }
+    held = {
+        "model": run.model,
+        "dtype": run.dtype,
+        "trust_remote_code": run.trust_remote_code,
+        "metric_versions": json.loads((folder / "settings.json").read_text(encoding="utf-8"))["metric_versions"],
+    }
+    for field, value in asked.items():
+        if held[field] != value:
+            raise InputError(
+                f"--out {folder} holds a run with {field} {held[field]!r}, not {value!r}; a run holds one of them. "
+                "Name another --out."
+            )
+    if tokens_per_step is not None and tokens_per_step != run.tokens_per_step:
+        return Run(folder, run.model, run.dtype, run.trust_remote_code, tokens_per_step, run.calibrations)
+    return run
+
+
+def write_run(run: Run, settings: Mapping[str, Any]) -> None:
+    """Write `settings.json`: what the run is, the last settings, the versions of the libraries.
+
+    Args:
+        run: The run.
+        settings: The settings of this call, ready for JSON.
+    """
+    write_json(
+        run.folder / "settings.json",
+        {
+            "model": run.model,
+            "dtype": run.dtype,
+            "trust_remote_code": run.trust_remote_code,
+            "tokens_per_step": run.tokens_per_step,
+            "calibrations": [vars(record) for record in run.calibrations],
+            "metric_versions": metric_versions(),
+            "settings": dict(settings),
+            "versions": library_versions(),
+        },
+    )
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of this package and of the libraries that a number may depend on."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for name in ("redundancy-trace", "torch", "transformers", "tokenizers", "safetensors", "numpy", "polars"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "unknown"
+    return found
+
+
+def finished_parts(folder: Path) -> frozenset[str]:
+    """Names of the checkpoints, under their identities, that are stored already."""
+    return frozenset(path.stem for path in (folder / "scores").glob("*.parquet"))
+
+
+def write_part(folder: Path, labels: Labels, scores: ModelScores) -> None:
+    """Store one checkpoint: distances first, then the scores, whose file is the mark of done; clears its failure.
+
+    Args:
+        folder: The run folder.
+        labels: Where the numbers come from; commit and identity must be set.
+        scores: The numbers.
+
+    Raises:
+        InputError: If there is no space left or the folder is not writable.
+    """
+    assert labels.commit is not None
+    assert labels.identity is not None
+    name = part_name(labels.commit, labels.identity)
+    _write_parquet(folder / "distances" / f"{name}.parquet", distances_frame(labels, scores.distances))
+    _write_parquet(folder / "scores" / f"{name}.parquet", scores_frame(labels, scores.values))
+    (folder / "failures" / f"{name}.json").unlink(missing_ok=True)
+
+
+def write_failure(folder: Path, labels: Labels, reason: str) -> None:
+    """Note why a checkpoint has no scores; it is tried again next time."""
+    assert labels.commit is not None
+    assert labels.identity is not None
+    record = {**vars(labels), "reason": reason, "time": datetime.now(UTC).isoformat(timespec="seconds")}
+    write_json(folder / "failures" / f"{part_name(labels.commit, labels.identity)}.json", record)
+
+
+def read_failures(folder: Path) -> list[dict[str, Any]]:
+    """The failures noted in a run: the labels of each checkpoint and the reason."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / "failures").glob("*.json"))]
+
+
+def scores_frame(labels: Labels, values: Iterable[Value]) -> pl.DataFrame:
+    """Tidy rows of one checkpoint, one a value, with the columns of `SCORE_SCHEMA`."""
+    return _frame(labels, values, SCORE_SCHEMA)
+
+
+def distances_frame(labels: Labels, distances: Iterable[Distance]) -> pl.DataFrame:
+    """Tidy rows of one checkpoint's block-distance matrix, with the columns of `DISTANCE_SCHEMA`."""
+    return _frame(labels, distances, DISTANCE_SCHEMA)
+
+
+def read_scores(folder: str | Path) -> pl.DataFrame:
+    """All scores of a run, one row a value, in training order, the run's first calibration first.
+
+    Args:
+        folder: A run folder.
+
+    Returns:
+        Columns as `SCORE_SCHEMA`. `tokens` is that of the checkpoint's name, else its step times the tokens per step
+        that the run was told, else null.
+
+    Raises:
+        InputError: If the folder is no run or holds no scores yet.
+    """
+    return _read(Path(folder), "scores", SCORE_SCHEMA, ("layer", "component", "metric"))
+
+
+def read_distances(folder: str | Path) -> pl.DataFrame:
+    """All block distances of a run, columns as `DISTANCE_SCHEMA`, in training order; raises as `read_scores`."""
+    return _read(Path(folder), "distances", DISTANCE_SCHEMA, ("layer", "to_layer", "metric"))
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON whole or not at all."""
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    _atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_array(path: Path, array: np.ndarray) -> None:
+    """Write a numpy array whole or not at all."""
+
+    def save(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            np.save(file, array)
+
+    _atomically(path, save)
+
+
+def _frame(labels: Labels, records: Iterable[Value] | Iterable[Distance], schema: dict[str, Any]) -> pl.DataFrame:
+    shared = {name: value for name, value in vars(labels).items() if name in schema}
+    return pl.DataFrame([{**shared, **vars(record)} for record in records], schema=schema)
+
+
+def _read(folder: Path, part: str, schema: dict[str, Any], within: tuple[str, ...]) -> pl.DataFrame:
+    run = read_run(folder)
+    if run is None:
+        raise InputError(f"{folder} is no run: it has no settings.json. A run is what `trace --model … --out` writes.")
+    files = sorted((folder / part).glob("*.parquet"))
+    if not files:
+        raise InputError(f"{folder} holds no scores yet; run trace --model {run.model} --out {folder} first.")
+    frame = pl.scan_parquet(files, schema=schema).collect()
+    if run.tokens_per_step is not None:
+        frame = frame.with_columns(tokens=pl.coalesce("tokens", pl.col("step") * run.tokens_per_step))
+    first = {record.label: i for i, record in enumerate(run.calibrations)}
+    by_calibration = pl.col("calibration").replace_strict(first, default=len(first), return_dtype=pl.Int64)
+    order = [by_calibration, *_ORDER, "commit", *within]
+    return frame.sort(order, nulls_last=False)
+
+
+def _write_parquet(path: Path, frame: pl.DataFrame) -> None:
+    _atomically(path, frame.write_parquet)
+
+
+def _atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write under a name of our own in the same folder, which ends in no known suffix, then rename."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        temporary.replace(path)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            free = shutil.disk_usage(path.parent).free
+            raise InputError(
+                f"No space left to write {path} ({free:,} bytes free). Free some, then give the same command again."
+            ) from error
+        raise InputError(f"{path} cannot be written ({error.strerror or error}).") from error
+    finally:
+        temporary.unlink(missing_ok=True)

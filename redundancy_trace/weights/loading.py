@@ -1,0 +1,289 @@
+"""Tensors by name → parameters of a transformers model, as transformers itself does it, but strictly complete.
+
+The only module that calls internals of transformers (`core_model_loading`, `conversion_mapping`); the whole-model
+loader at the end goes the public way and is the check of the rest.
+"""
+
+import contextlib
+import json
+import re
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from redundancy_trace.errors import CheckpointError
+from redundancy_trace.weights.files import WeightFiles, open_weights
+
+# Buffers that architectures recompute and that old files still carry.
+_RECOMPUTED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|(attention|attn|self_attn)\.(masked_)?bias|position_ids)$")
+
+
+def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The configuration of a checkpoint folder.
+
+    Raises:
+        CheckpointError: If `config.json` is missing, broken, or of an architecture that this transformers lacks.
+    """
+    from transformers import AutoConfig
+
+    file = folder / "config.json"
+    if not file.is_file():
+        raise CheckpointError(f"{folder} has no config.json.")
+    try:
+        json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{file} is no valid JSON: {error}.") from error
+    try:
+        with _quiet():
+            return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    except Exception as error:  # the library raises many kinds; each means that this config cannot be used
+        raise CheckpointError(f"{file} cannot be used: {_first_line(error)}") from error
+
+
+@dataclass(frozen=True)
+class EmptyModel:
+    """A model without memory for its parameters, and which stored tensors belong where.
+
+    Attributes:
+        model: Parameters on the meta device, buffers real.
+        weights: The open weight files.
+        dtype: Compute dtype of floating parameters.
+        device: Where parameters are put when they are loaded.
+        targets: Stored name to (name of the parameter it fills, whether it is converted on the way).
+    """
+
+    model: Any
+    weights: WeightFiles
+    dtype: torch.dtype
+    device: torch.device
+    targets: dict[str, tuple[str, bool]]
+    _mapping: list[Any]
+
+    def stored_names(self, module_name: str) -> tuple[str, ...]:
+        """Stored names of the tensors that fill the parameters of the submodule `module_name`."""
+        return tuple(stored for stored, (target, _) in self.targets.items() if target.startswith(module_name + "."))
+
+    def load_(self, stored_names: Iterable[str]) -> None:
+        """Fill the parameters that the stored tensors belong to, in place, converted as transformers does."""
+        slices = self.weights.slices(stored_names)
+        info = _convert(self.model, slices, self._mapping, self.device, self.dtype)
+        _refuse(self.weights.folder, info, missing=())
+
+    def load_embedding_rows_(self, rows: Tensor) -> bool:
+        """Fill the input embedding with the given rows of its matrix only; False if that cannot be done."""
+        embedding, stored = self._embedding()
+        if stored is None:
+            return False
+        matrix = self.weights.rows(stored, rows).to(self.device, self.dtype)
+        embedding.weight = nn.Parameter(matrix, requires_grad=False)
+        # torch refuses a padding index beyond the rows; it only matters to gradients.
+        embedding.padding_idx = None
+        return True
+
+    def load_head_(self) -> None:
+        """Fill the output head: its own tensors, or the whole embedding matrix where the two are tied."""
+        head = self.model.get_output_embeddings()
+        name = _name_of(self.model, head)
+        tied = self.model.all_tied_weights_keys
+        _, embedding = self._embedding()
+        # A tied head is filled from the embedding, even where a file carries a copy of it.
+        if f"{name}.weight" in tied and embedding is not None:
+            matrix = self.weights.read([embedding])[embedding].to(self.device, self.dtype)
+            head.weight = nn.Parameter(matrix, requires_grad=False)
+        self.load_(stored for stored in self.stored_names(name) if self.targets[stored][0] not in tied)
+
+    def _embedding(self) -> tuple[Any, str | None]:
+        """The input embedding and the stored name of its matrix; None if the file holds it in converted form."""
+        embedding = self.model.get_input_embeddings()
+        target = f"{_name_of(self.model, embedding)}.weight"
+        return embedding, next((s for s, found in self.targets.items() if found == (target, False)), None)
+
+
+def build_empty_model(
+    folder: Path, *, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False
+) -> EmptyModel:
+    """Build a checkpoint's model on the meta device and match its files to the parameters, by headers alone.
+
+    Args:
+        folder: A checkpoint folder: config.json and weights.
+        device: Where parameters go when they are loaded.
+        dtype: Compute dtype.
+        trust_remote_code: Whether model code in the folder may be run.
+
+    Raises:
+        CheckpointError: If a tensor is missing, unexpected or misshapen (named), or files or config cannot be used.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    config = read_config(folder, trust_remote_code=trust_remote_code)
+    weights = open_weights(folder)
+    try:
+        # Buffers stay real: they are computed from the configuration, not read.
+        with _quiet(), init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    except Exception as error:  # any failure means that this config makes no causal language model
+        raise CheckpointError(
+            f"{folder / 'config.json'} ({type(config).__name__}) makes no causal language model: {_first_line(error)}"
+        ) from error
+    model.eval().requires_grad_(False)
+    with _quiet():
+        mapping = get_model_conversion_mapping(model)
+    targets = _targets(model, mapping, weights.info)
+    shapes = {name: torch.empty(info.shape, dtype=info.dtype, device="meta") for name, info in weights.info.items()}
+    report = _convert(model, shapes, mapping, torch.device("meta"), dtype)
+    _refuse(folder, report, missing=_truly_missing(model, report.missing_keys))
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.device.type != "meta":  # meta: in the files, and loaded with the rest
+                module._buffers[name] = buffer.to(device)
+    return EmptyModel(model, weights, dtype, device, targets, mapping)
+
+
+def release_(module: nn.Module) -> None:
+    """Put all parameters of a module back on the meta device, in place; their memory is free again."""
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None and parameter.device.type != "meta":
+                empty = torch.empty_like(parameter, device="meta")
+                part._parameters[name] = nn.Parameter(empty, requires_grad=False)
+
+
+def load_whole_model(folder: Path, *, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
+    """Load a checkpoint as transformers does, and refuse what it would fill with random numbers.
+
+    Raises:
+        CheckpointError: As `build_empty_model`.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = read_config(folder, trust_remote_code=trust_remote_code)
+    open_weights(folder)
+    try:
+        with _quiet():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
+    except Exception as error:
+        raise CheckpointError(f"{folder} cannot be loaded: {_first_line(error)}") from error
+    model, info = loaded
+    _refuse(folder, _LoadingInfo(**info), missing=info["missing_keys"])
+    return model.eval().requires_grad_(False).to(device)
+
+
+@dataclass(frozen=True)
+class _LoadingInfo:
+    """What transformers reports of a loading."""
+
+    missing_keys: Any = ()
+    unexpected_keys: Any = ()
+    mismatched_keys: Any = ()
+    error_msgs: Any = ()
+    conversion_errors: Any = ()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars, reports and warnings of transformers: what they would tell is raised as an error instead."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _convert(model: Any, stored: dict[str, Any], mapping: list[Any], device: torch.device, dtype: torch.dtype) -> Any:
+    """Rename, fuse and set the stored tensors as transformers does; returns its report."""
+    from copy import deepcopy
+
+    from transformers.core_model_loading import convert_and_load_state_dict_in_model
+    from transformers.modeling_utils import LoadStateDictConfig
+
+    config = LoadStateDictConfig(
+        device_map={"": device},
+        dtype=dtype,
+        dtype_plan=model._get_dtype_plan(dtype),
+        # Converters remember what they were given.
+        weight_mapping=deepcopy(mapping),
+    )
+    with _quiet():
+        info, _ = convert_and_load_state_dict_in_model(model, stored, config)
+    return info
+
+
+def _targets(model: Any, mapping: list[Any], stored: Iterable[str]) -> dict[str, tuple[str, bool]]:
+    """Stored name → (name of the parameter it goes into, whether it is converted on the way)."""
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    state = model.state_dict()
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    targets = {}
+    for name in stored:
+        renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        if renamed not in state and name in state:
+            renamed, pattern = rename_source_key(name, [], [], model.base_model_prefix, state)
+        if renamed in state:  # the rest is a buffer that is recomputed, or is refused by name
+            targets[name] = renamed, pattern is not None
+    return targets
+
+
+def _truly_missing(model: Any, missing: Iterable[str]) -> list[str]:
+    """Missing names that nothing else fills: neither tied to a present one nor declared optional by the model."""
+    tied = model.all_tied_weights_keys
+    optional = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
+    missing = set(missing)
+    return sorted(
+        name
+        for name in missing
+        if not (name in tied and tied[name] not in missing) and not any(pattern.search(name) for pattern in optional)
+    )
+
+
+def _refuse(folder: Path, info: Any, missing: Iterable[str]) -> None:
+    """Raise unless the report is clean; `missing` are the names of parameters without a stored tensor."""
+    problems = []
+    for what, names in (
+        ("missing", sorted(missing)),
+        ("unexpected", sorted(name for name in info.unexpected_keys if not _RECOMPUTED.search(name))),
+        ("misshapen", [f"{n} {tuple(a)} for {tuple(b)}" for n, a, b in sorted(info.mismatched_keys)]),
+        ("not convertible", sorted(info.conversion_errors or ())),
+    ):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            problems.append(f"{len(names)} tensors are {what}: {', '.join(names[:3])}{more}")
+    if problems:
+        raise CheckpointError(
+            f"The weights in {folder} are not those of its config.json; transformers would go on with random numbers. "
+            + "; ".join(problems)
+            + "."
+        )
+
+
+def _name_of(model: Any, wanted: Any) -> str:
+    """Dotted name of a submodule."""
+    return next((name for name, module in model.named_modules() if module is wanted), "")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

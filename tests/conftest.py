@@ -1,0 +1,50 @@
+"""Environment that must stand before the first import, and the Hub of the tests."""
+
+import atexit
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+_HOME = tempfile.mkdtemp(prefix="redundancy-trace-tests-")
+atexit.register(shutil.rmtree, _HOME, ignore_errors=True)
+for _name in ("HF_ENDPOINT", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_CACHE", "HF_HUB_OFFLINE"):
+    os.environ.pop(_name, None)
+# huggingface_hub and transformers read these once, when they are imported.
+os.environ.update(
+    HF_HOME=_HOME,
+    HF_HUB_DISABLE_XET="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    HF_HUB_DISABLE_PROGRESS_BARS="1",
+    DISABLE_SAFETENSORS_CONVERSION="1",
+    MPLBACKEND="Agg",
+)
+
+import pytest  # noqa: E402 - after the environment
+from loopback_hub import LoopbackHub  # noqa: E402
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty Hub cache of the test's own, where huggingface_hub looks for the user's."""
+    from huggingface_hub import constants
+
+    cache = tmp_path / "hf-home" / "hub"
+    cache.mkdir(parents=True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setenv("HF_HUB_CACHE", str(cache))
+    return cache
+
+
+@pytest.fixture
+def loopback_hub(hub_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
+    """A running Hub without repositories, an empty Hub cache, and retries that hardly wait."""
+    from huggingface_hub import close_session
+
+    from redundancy_trace.hub import failures
+
+    monkeypatch.setattr(failures, "RETRY_BASE_SECONDS", 0.01)
+    with LoopbackHub() as hub:
+        yield hub
+        close_session()
