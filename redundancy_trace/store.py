@@ -263,7 +263,11 @@ def write_part(folder: Path, labels: Labels, scores: ModelScores) -> None:
     name = part_name(labels.commit, labels.identity)
     _write_parquet(folder / "distances" / f"{name}.parquet", distances_frame(labels, scores.distances))
     _write_parquet(folder / "scores" / f"{name}.parquet", scores_frame(labels, scores.values))
-    (folder / "failures" / f"{name}.json").unlink(missing_ok=True)
+    for failure in (folder / "failures").glob("*.json"):
+        # By name: a local checkpoint that was repaired has another commit, and its old failure is none any more.
+        noted = _failure(failure)
+        if (noted["revision"], noted["calibration"]) == (labels.revision, labels.calibration):
+            failure.unlink(missing_ok=True)
 
 
 def write_failure(folder: Path, labels: Labels, reason: str) -> None:
@@ -276,7 +280,12 @@ def write_failure(folder: Path, labels: Labels, reason: str) -> None:
 
 def read_failures(folder: Path) -> list[dict[str, Any]]:
     """The failures noted in a run: the labels of each checkpoint and the reason."""
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / "failures").glob("*.json"))]
+    return [_failure(path) for path in sorted((folder / "failures").glob("*.json"))]
+
+
+def _failure(path: Path) -> dict[str, Any]:
+    noted: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return noted
 
 
 def scores_frame(labels: Labels, values: Iterable[Value]) -> pl.DataFrame:
