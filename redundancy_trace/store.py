@@ -306,7 +306,8 @@ def read_scores(folder: str | Path) -> pl.DataFrame:
 
     Returns:
         Columns as `SCORE_SCHEMA`. `tokens` is that of the checkpoint's name, else its step times the tokens per step
-        that the run was told, else null.
+        that the run was told, else null. Of a revision that was scored at several commits (a branch that moved, a
+        model trained anew in place) the rows of the commit that was listed last; the others stay in the folder.
 
     Raises:
         InputError: If the folder is no run or holds no scores yet.
@@ -352,8 +353,31 @@ def _read(folder: Path, part: str, schema: dict[str, Any], within: tuple[str, ..
         frame = frame.with_columns(tokens=pl.coalesce("tokens", pl.col("step") * run.tokens_per_step))
     first = {record.label: i for i, record in enumerate(run.calibrations)}
     by_calibration = pl.col("calibration").replace_strict(first, default=len(first), return_dtype=pl.Int64)
-    order = [by_calibration, *_ORDER, "commit", *within]
-    return frame.sort(order, nulls_last=False)
+    listed = _listed(folder)
+    place = pl.col("revision").replace_strict(dict(zip(listed["name"], listed["place"], strict=True)), default=None)
+    order = [by_calibration, place.cast(pl.Int64), *_ORDER, "commit", *within]
+    return _present(frame, listed).sort(order, nulls_last=False)
+
+
+def _listed(folder: Path) -> pl.DataFrame:
+    """Name, commit and place in training order of every ref that the run's last listing had; empty without one."""
+    schema = {"name": pl.String, "commit": pl.String, "place": pl.Int64}
+    try:
+        listing = json.loads((folder / "listing.json").read_text(encoding="utf-8"))
+        rows = [(c["name"], c.get("commit"), i) for i, c in enumerate(listing["checkpoints"])]
+    except (OSError, ValueError, KeyError, TypeError):
+        rows = []
+    return pl.DataFrame(rows, schema=schema, orient="row")
+
+
+def _present(frame: pl.DataFrame, listed: pl.DataFrame) -> pl.DataFrame:
+    """The rows but for those of commits that a revision no longer stands at, where it was scored at several."""
+    commits = listed.drop_nulls("commit").select("name", present="commit")
+    joined = frame.join(commits, left_on="revision", right_on="name", how="left", maintain_order="left")
+    several = pl.col("commit").n_unique().over("revision") > 1
+    scored = (pl.col("commit") == pl.col("present")).any().over("revision")
+    moved = several & scored & (pl.col("commit") != pl.col("present"))
+    return joined.filter(~moved.fill_null(value=False)).drop("present")
 
 
 def _write_parquet(path: Path, frame: pl.DataFrame) -> None:

@@ -165,7 +165,8 @@ def run_sweep(settings: TraceSettings, reporter: Reporter) -> SweepResult:
         run = store.Run(folder, model, dtype, settings.trust_remote_code, settings.tokens_per_step, ())
         store.write_run(run, _plain(settings))
     calibration, run = _calibrate(settings, listing, run)
-    tasks, kept, failures = _open_tasks(listing, run, calibration, remembered)
+    listing, failures = _with_commits(listing, remembered)
+    tasks, kept = _open_tasks(listing, run, calibration)
     store.write_json(listing_file, listing_to_json(listing, remembered))
     store.write_run(run, _plain(settings))
 
@@ -330,27 +331,36 @@ def _hub(settings: TraceSettings) -> Hub:
     return Hub(endpoint=settings.endpoint, offline=settings.offline)
 
 
-def _open_tasks(
-    listing: Listing, run: "Run", calibration: "Calibration", remembered: dict[Any, str]
-) -> tuple[list[_Task], int, dict[str, str]]:
-    """The chosen checkpoints that are not stored yet, how many are, and those that cannot even be identified."""
+def _with_commits(listing: Listing, remembered: dict[Any, str]) -> tuple[Listing, dict[str, str]]:
+    """The listing with the commits of chosen local checkpoints, and why some have none; reads files not yet hashed."""
+    failures: dict[str, str] = {}
+
+    def with_commit(checkpoint: Checkpoint) -> Checkpoint:
+        if checkpoint.path is None or not checkpoint.chosen:
+            return checkpoint
+        try:
+            return replace(checkpoint, commit=local_commit(checkpoint.path, remembered))
+        except CheckpointError as error:
+            failures[checkpoint.name] = str(error)
+            return checkpoint
+
+    return replace(listing, checkpoints=tuple(map(with_commit, listing))), failures
+
+
+def _open_tasks(listing: Listing, run: "Run", calibration: "Calibration") -> tuple[list[_Task], int]:
+    """The chosen checkpoints that are not stored yet, and how many are."""
     from redundancy_trace import store
 
     label = next(r.label for r in run.calibrations if r.sha256 == calibration.sha256)
     number_settings = {"dtype": run.dtype, "trust_remote_code": run.trust_remote_code}
     finished = store.finished_parts(run.folder)
     tasks: list[_Task] = []
-    kept, failures = 0, {}
+    kept = 0
     seen: set[str] = set()
     for checkpoint in listing.chosen:
-        try:
-            commit = checkpoint.commit
-            if checkpoint.path is not None:
-                commit = local_commit(checkpoint.path, remembered)
-        except CheckpointError as error:
-            failures[checkpoint.name] = str(error)
-            continue
-        assert commit is not None  # every ref has one
+        commit = checkpoint.commit
+        if commit is None:
+            continue  # among the failures
         identity = store.row_identity(commit, calibration.sha256, number_settings)
         part = store.part_name(commit, identity)
         if part in seen:
@@ -372,8 +382,8 @@ def _open_tasks(
             calibration=label,
             identity=identity,
         )
-        tasks.append(_Task(replace(checkpoint, commit=commit), labels))
-    return tasks, kept, failures
+        tasks.append(_Task(checkpoint, labels))
+    return tasks, kept
 
 
 def _score_all(
@@ -413,10 +423,14 @@ def _score_all(
                     trust_remote_code=settings.trust_remote_code,
                     on_progress=reporter.step,
                 )
-            except CheckpointError as error:
-                failures[name] = str(error)
-                store.write_failure(run.folder, task.labels, str(error))
-                reporter.finished(f"{name}: not scored: {error}")
+            except InputError:
+                raise  # wrong for every checkpoint
+            except Exception as error:
+                # Whatever one checkpoint does, the others go on.
+                reason = str(error) if isinstance(error, TraceError) else f"{type(error).__name__}: {error}"
+                failures[name] = reason
+                store.write_failure(run.folder, task.labels, reason)
+                reporter.finished(f"{name}: not scored: {reason}")
                 if fetched is None and number + 1 < len(tasks):
                     ahead = begin(tasks[number + 1])
                 continue

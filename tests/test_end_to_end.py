@@ -147,6 +147,29 @@ def test_keep_keeps_and_the_users_own_cache_is_used_and_left_alone(loopback_hub,
     assert len(list((out / ".fetched").rglob("model.safetensors"))) == 1
 
 
+def test_offline_after_online(loopback_hub, run_folder, tmp_path, capsys):
+    """What an online run left in the user's cache, the tokenizer here, serves a later one without a network."""
+    loopback_hub.add_repo("me/model", revisions=as_branches(run_folder))
+    arguments = [
+        "--model",
+        str(run_folder),
+        "--tokenizer",
+        "me/model",
+        "--quiet",
+        *SMALL,
+        "--endpoint",
+        loopback_hub.url,
+    ]
+    assert cli.run([*arguments, "--out", str(tmp_path / "online")]) == 0
+    loopback_hub.forget_requests()
+    assert cli.run([*arguments, "--out", str(tmp_path / "offline"), "--offline"]) == 0
+    assert not loopback_hub.requests
+    assert_frame_equal(rt.read_scores(tmp_path / "online"), rt.read_scores(tmp_path / "offline"))
+    capsys.readouterr()
+    assert cli.run(["--model", "me/other", "--offline", "--out", str(tmp_path / "other")]) == 2
+    assert "not in the Hub cache" in capsys.readouterr().err
+
+
 def command(*arguments):
     return [sys.executable, "-c", "from redundancy_trace.cli import main; main()", *arguments]
 
@@ -219,6 +242,39 @@ def test_one_bad_checkpoint_does_not_end_the_sweep_and_is_tried_again(run_folder
     assert_frame_equal(numbers(rt.read_scores(out)), numbers(undisturbed))
     failures = [json.loads(path.read_text()) for path in (out / "failures").glob("*.json")]
     assert not failures
+
+
+def test_an_unforeseen_fault_of_one_checkpoint_is_its_failure(run_folder, tmp_path, capsys, monkeypatch):
+    from redundancy_trace import engine
+
+    real = engine.score_checkpoint
+
+    def faulty(folder, *args, **kwargs):
+        if folder.name == "checkpoint-1":
+            raise RuntimeError("something that nobody thought of")
+        return real(folder, *args, **kwargs)
+
+    monkeypatch.setattr(engine, "score_checkpoint", faulty)
+    out = tmp_path / "run"
+    assert cli.run(["--model", str(run_folder), "--revisions", "0..2", "--out", str(out), *SMALL]) == 1
+    told = capsys.readouterr().err
+    assert "checkpoint-1: RuntimeError: something that nobody thought of" in told
+    assert rt.read_scores(out)["step"].unique().sort().to_list() == [0, 2]
+
+
+def test_a_run_trained_anew_in_place_shows_the_new_weights(run_folder, tmp_path):
+    again = tmp_path / "again"
+    shutil.copytree(run_folder, again)
+    settings = {"model": again, "out": tmp_path / "run", "samples": 4, "sequence_length": 32, "quiet": True}
+    before = rt.trace(**settings)
+    shutil.copy(again / "checkpoint-8" / "model.safetensors", again / "checkpoint-1")
+    config = again / "checkpoint-1" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "note": "trained anew"}))
+    after = rt.trace(**settings)
+    assert len(after) == len(before), "one set of rows a checkpoint"
+    values = {step: after.filter(pl.col("step") == step)["value"].to_list() for step in (1, 8)}
+    assert values[1] == values[8]
+    assert len(list((tmp_path / "run" / "scores").iterdir())) == len(RECIPE.saved) + 1
 
 
 def test_another_calibration_adds_rows_and_another_model_or_dtype_is_refused(run_folder, tmp_path, capsys):
