@@ -6,6 +6,7 @@ also while noise is added to the attention and to the MLP; what cannot be shown 
 
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,8 +20,12 @@ ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention", "linear_a
 MLP_NAMES = ("mlp", "ffn", "feed_forward", "block_sparse_moe", "fc2")
 PROBE_TOKENS = 64
 # Largest |x + a + m − y| of a token, as a share of the largest number that token has in x, a, m or y.
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.03, torch.float64: 1e-12}
+# States of float64 are compared in float32, too.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.03, torch.float64: 1e-5}
 _NOISE_SEED = 20240622
+# Share of the largest number by which a tensor must change to count as disturbed: far above what a GPU's order of
+# summation does, far below what noise of the scale of x does.
+_MOVED = 1e-4
 
 
 @dataclass(frozen=True)
@@ -109,10 +114,18 @@ def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     ]
     if not found:
         raise CheckpointError(
-            f"{type(model).__name__} has no decoder blocks: no list of layers whose members have an attention "
-            f"called {', '.join(ATTENTION_NAMES)}."
+            f"{type(model).__name__} has no decoder blocks: no list of layers that each have an attention called "
+            f"{', '.join(ATTENTION_NAMES)}. Only decoder-only transformers can be traced."
         )
     return max(found, key=lambda item: len(item[1]))
+
+
+def layer_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+    """What a model hands to a layer, split: hidden state, further positional arguments, keyword arguments."""
+    if args:
+        return args[0], args[1:], kwargs
+    others = dict(kwargs)
+    return others.pop("hidden_states"), (), others
 
 
 def layer_kind(layers: nn.ModuleList, index: int, config: Any) -> Hashable:
@@ -152,15 +165,15 @@ def prove(
 ) -> Decomposition:
     """Find and prove where attention and MLP of a layer join the residual stream.
 
-    The layer runs three times in float32: as it is, with noise of the scale of x on the attention's output, and with
-    noise on the MLP's output. The pair of updates must reproduce the output in all three, so that an update that is
-    zero (a pruned or freshly initialised model) is no tie. The block is parallel if the MLP does not feel the noise
-    on the attention.
+    The layer runs three times in float32, as a copy if it has another dtype: as it is, with noise of the scale of x on
+    the attention's output, and with noise on the MLP's output. The pair of updates must reproduce the output in all
+    three, so that an update that is zero (a pruned or freshly initialised model) is no tie. The block is parallel if
+    the MLP does not feel the noise on the attention.
 
     Args:
-        layer: The decoder layer, weights loaded, float32.
+        layer: The decoder layer, weights loaded, any float dtype; it is left as it is.
         index: Its number, for messages.
-        x: A real input of the layer, shape (1, T, D), float32, at most `PROBE_TOKENS` tokens.
+        x: A real input of the layer, shape (1, T, D), any float dtype; `PROBE_TOKENS` tokens are enough.
         args: Further positional arguments that the model gives to the layer.
         kwargs: Keyword arguments that the model gives to the layer.
         config: The model's configuration; its `residual_multiplier` is tried as a factor.
@@ -169,20 +182,22 @@ def prove(
         The decomposition, with the largest error seen.
 
     Raises:
-        CheckpointError: If the layer has no attention or MLP by any known name, or no pair reproduces the output.
+        CheckpointError: If the layer has no attention or MLP by any known name, no pair reproduces the output, or the
+            output is not finite.
     """
-    attn_name, mlp_name = _sublayer_names(layer, index)
+    if any(p.is_floating_point() and p.dtype != torch.float32 for p in layer.parameters()):
+        layer = deepcopy(layer).float()
+    x, args, kwargs = _in_float32(x), _in_float32(args), _in_float32(kwargs)
     generator = torch.Generator().manual_seed(_NOISE_SEED)
     # A zero input (padding rows of a fresh model) still needs noise that can be seen.
     scale = float(x.std()) or 1.0
     noise = scale * torch.randn(x.shape, generator=generator).to(x)
     run = partial(_record, layer, x, args, kwargs)
     clean = run(None, noise)
+    if not bool(torch.isfinite(clean.y).all()):
+        raise CheckpointError(not_finite(f"the output of layer {index}", clean.y.dtype))
+    attn_name, mlp_name = _sublayer_names(layer, index, clean)
     passes = (clean, run(attn_name, noise), run(mlp_name, noise))
-    for name in (attn_name, mlp_name):
-        if name not in clean.calls:
-            raise CheckpointError(f"Layer {index}: its child {name!r} did not run once in a forward pass. {_REFUSED}")
-
     order = list(clean.calls)
     attn_at, mlp_at = order.index(attn_name), order.index(mlp_name)
     attn_children = order[attn_at : mlp_at if mlp_at > attn_at else None]
@@ -206,29 +221,51 @@ def prove(
     error, attn, mlp, factor = best
     if _moved(clean.calls[attn_name].inputs, passes[2].calls[attn_name].inputs):
         raise CheckpointError(f"Layer {index}: its MLP runs before its attention. {_REFUSED}")
-    felt = _moved(clean.calls[mlp_name].inputs, passes[1].calls[mlp_name].inputs) or _moved(
-        (clean.calls[mlp.child].updates[mlp.minus],), (passes[1].calls[mlp.child].updates[mlp.minus],)
+    # An MLP that is dead behind its first matrix feels nothing; what is handed x + a still tells where it branches off.
+    felt = (
+        _moved(clean.calls[mlp_name].inputs, passes[1].calls[mlp_name].inputs)
+        or _moved((_update(clean, mlp),), (_update(passes[1], mlp),))
+        or _is_handed(passes[1], passes[1].x + factor * _update(passes[1], attn))
     )
     return Decomposition(attn, mlp, factor, not felt, clean.input_overwritten, error)
 
 
 _REFUSED = (
-    "The model cannot be scored honestly this way and is refused; please report it with its config.json "
-    "(whole-block scores alone would not need this proof, but are not what is asked for)."
+    "Its scores could not be trusted, so the model is refused. If it is a decoder-only transformer, please open an "
+    "issue with its config.json."
 )
 
 
-def _sublayer_names(layer: nn.Module, index: int) -> tuple[str, str]:
+def not_finite(what: str, dtype: torch.dtype) -> str:
+    """The message for a state that is infinite or no number."""
+    name = str(dtype).removeprefix("torch.")
+    hint = " Try --dtype float32." if dtype != torch.float32 else " The weights themselves may be broken."
+    return f"{what[0].upper()}{what[1:]} is not finite in {name}; it is no redundancy and gets no score.{hint}"
+
+
+def _sublayer_names(layer: nn.Module, index: int, clean: _Pass) -> tuple[str, str]:
+    """The children that are searched first for attention and MLP: by a known name, and run exactly once."""
     children = [name for name, _ in layer.named_children()]
-    attn = [name for name in children if name in ATTENTION_NAMES]
-    mlp = [name for name in children if name in MLP_NAMES]
-    for what, names, known in (("attention", attn[:1], ATTENTION_NAMES), ("MLP", mlp[-1:], MLP_NAMES)):
+    attn = [name for name in children if name in ATTENTION_NAMES and name in clean.calls]
+    mlp = [name for name in children if name in MLP_NAMES and name in clean.calls]
+    for what, names, known in (("attention", attn, ATTENTION_NAMES), ("MLP", mlp, MLP_NAMES)):
         if not names:
             raise CheckpointError(
-                f"Layer {index} ({type(layer).__name__}) has no {what}: its children are {', '.join(children)}; "
-                f"known names are {', '.join(known)}. {_REFUSED}"
+                f"Layer {index} ({type(layer).__name__}) has no {what} that runs once in a forward: its children are "
+                f"{', '.join(children)}; known names are {', '.join(known)}. {_REFUSED}"
             )
     return attn[0], mlp[-1]
+
+
+def _in_float32(value: Any) -> Any:
+    """`value` with every floating tensor in its tuples, lists and dicts in float32."""
+    if isinstance(value, Tensor):
+        return value.float() if value.is_floating_point() else value
+    if isinstance(value, (tuple, list)):
+        return type(value)(_in_float32(item) for item in value)
+    if isinstance(value, dict):
+        return {key: _in_float32(item) for key, item in value.items()}
+    return value
 
 
 def _first_tensor(value: Any) -> Tensor | None:
@@ -308,8 +345,17 @@ def _candidates(clean: _Pass, children: list[str]) -> list[Update]:
 def _pair_error(one: _Pass, attn: Update, mlp: Update, scale: float) -> float:
     if attn.child not in one.calls or mlp.child not in one.calls:
         return float("inf")
-    a, m = one.calls[attn.child].updates[attn.minus], one.calls[mlp.child].updates[mlp.minus]
-    return _relative_error(one.x, scale * a, scale * m, one.y)
+    return _relative_error(one.x, scale * _update(one, attn), scale * _update(one, mlp), one.y)
+
+
+def _update(one: _Pass, update: Update) -> Tensor:
+    return one.calls[update.child].updates[update.minus]
+
+
+def _is_handed(one: _Pass, state: Tensor) -> bool:
+    """Whether any child is handed this state."""
+    given = (_like(value, state) for call in one.calls.values() for value in call.inputs)
+    return any(value is not None and not _moved((state,), (value,)) for value in given)
 
 
 def _relative_error(x: Tensor, a: Tensor, m: Tensor, y: Tensor) -> float:
@@ -321,7 +367,7 @@ def _relative_error(x: Tensor, a: Tensor, m: Tensor, y: Tensor) -> float:
 
 def _moved(before: tuple[Tensor, ...], after: tuple[Tensor, ...]) -> bool:
     return any(
-        bool((a - b).abs().max() > 1e-6 * b.abs().max().clamp_min(1e-12))
+        bool((a - b).abs().max() > _MOVED * b.abs().max().clamp_min(1e-12))
         for b, a in zip(before, after, strict=True)
         if b.shape == a.shape
     )
@@ -339,7 +385,7 @@ def tap(layer: nn.Module, decomposition: Decomposition, on_states: Callable[[Lay
     seen: dict[str, Tensor] = {}
 
     def enter(_module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        x = inputs[0] if inputs else keywords["hidden_states"]
+        x, _, _ = layer_input(inputs, keywords)
         seen["x"] = x.clone() if decomposition.copy_input else x
 
     def read(

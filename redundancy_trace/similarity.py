@@ -10,6 +10,25 @@ from torch import Tensor
 COMPARED = ("cosine_similarity", "angular_distance", "relative_norm", "update_cosine")
 
 
+def to_float64(x: Tensor) -> Tensor:
+    """`x` in float64; on the CPU if its device has none (MPS)."""
+    return x.cpu().double() if x.device.type == "mps" else x.double()
+
+
+def _scaled(x_D: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows in float32 divided by their largest number, so that no square over- or underflows, and that number."""
+    x_D = x_D.float()
+    largest = torch.linalg.vector_norm(x_D, ord=torch.inf, dim=-1, keepdim=True)
+    # The bound keeps a row of zeros a row of zeros.
+    largest = largest.clamp_min(torch.finfo(torch.float32).tiny)
+    return x_D / largest, largest.squeeze(-1)
+
+
+def _norm(x_D: Tensor) -> Tensor:
+    scaled_D, largest = _scaled(x_D)
+    return to_float64(largest) * to_float64(torch.linalg.vector_norm(scaled_D, dim=-1))
+
+
 def unit(x_D: Tensor) -> Tensor:
     """Rows of length 1 in float32, shape as `x_D` (..., D); NaN for a row that is all zero.
 
@@ -17,8 +36,8 @@ def unit(x_D: Tensor) -> Tensor:
         >>> unit(torch.tensor([[3.0, 4.0]])).tolist()
         [[0.6000000238418579, 0.800000011920929]]
     """
-    x_D = x_D.float()
-    return torch.div(x_D, torch.linalg.vector_norm(x_D, dim=-1, keepdim=True))
+    scaled_D, _ = _scaled(x_D)
+    return torch.div(scaled_D, torch.linalg.vector_norm(scaled_D, dim=-1, keepdim=True))
 
 
 def unit_similarity(x_unit_D: Tensor, y_unit_D: Tensor) -> Tensor:
@@ -34,8 +53,8 @@ def unit_similarity(x_unit_D: Tensor, y_unit_D: Tensor) -> Tensor:
     Returns:
         Shape (2, ...), float64: cosine in [-1, 1] and angle as a share of half a turn in [0, 1]; NaN where a row is.
     """
-    apart = torch.linalg.vector_norm(x_unit_D - y_unit_D, dim=-1).double()
-    together = torch.linalg.vector_norm(x_unit_D + y_unit_D, dim=-1).double()
+    apart = to_float64(torch.linalg.vector_norm(x_unit_D - y_unit_D, dim=-1))
+    together = to_float64(torch.linalg.vector_norm(x_unit_D + y_unit_D, dim=-1))
     apart2, together2 = apart.square(), together.square()
     cosine = 1 - 2 * apart2 / (apart2 + together2)
     angle = 2 * torch.atan2(apart, together) / torch.pi
@@ -80,9 +99,7 @@ def angular_distance(x_D: Tensor, y_D: Tensor) -> Tensor:
 
 def relative_norm(update_D: Tensor, x_D: Tensor) -> Tensor:
     """|update| / |x| of matching rows, shape (...), float64, at least 0: 0 = nothing is added; not finite at x = 0."""
-    update_norm = torch.linalg.vector_norm(update_D.float(), dim=-1).double()
-    x_norm = torch.linalg.vector_norm(x_D.float(), dim=-1).double()
-    return torch.div(update_norm, x_norm)
+    return torch.div(_norm(update_D), _norm(x_D))
 
 
 def compare(x_D: Tensor, y_D: Tensor, update_D: Tensor) -> Tensor:

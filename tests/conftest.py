@@ -22,7 +22,12 @@ os.environ.update(
 )
 
 import pytest  # noqa: E402 - after the environment
+from hypothesis import settings  # noqa: E402
 from loopback_hub import LoopbackHub  # noqa: E402
+
+# The same examples every time, and no limit on one: other processes keep this machine busy.
+settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
+settings.load_profile("repeatable")
 
 
 @pytest.fixture
@@ -48,3 +53,30 @@ def loopback_hub(hub_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[L
     with LoopbackHub() as hub:
         yield hub
         close_session()
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Torch on one thread: matrices this small are many times slower when several wait for each other."""
+    from reference_scores import one_thread
+
+    with one_thread():
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints of a small real training, as `tiny_runs.RECIPE` has it: a folder of `checkpoint-N`."""
+    from tiny_runs import RECIPE
+
+    from redundancy_trace.demo import train_demo
+
+    return train_demo(tmp_path_factory.mktemp("trained") / "tiny-run", recipe=RECIPE)
+
+
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sweeps that draw nothing: drawing takes longer than scoring a model this small."""
+    from redundancy_trace import sweep
+
+    monkeypatch.setattr(sweep, "_draw", lambda *_: ())

@@ -7,7 +7,7 @@ import torch
 
 from redundancy_trace.blocks import TOLERANCE, LayerStates
 from redundancy_trace.calibration import check_ids, check_length
-from redundancy_trace.errors import CheckpointError
+from redundancy_trace.errors import CheckpointError, InputError
 
 
 def check_calibration(token_ids: np.ndarray, model: Any) -> None:
@@ -21,6 +21,8 @@ def check_calibration(token_ids: np.ndarray, model: Any) -> None:
         InputError: Names the id or length and the model's limit.
     """
     config = model.config
+    if int(token_ids.min()) < 0:
+        raise InputError(f"The calibration holds the token id {int(token_ids.min())}; ids count from 0.")
     check_ids(token_ids, model.get_input_embeddings().weight.shape[0])
     positions = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
     check_length(token_ids.shape[1], positions if isinstance(positions, int) and positions > 0 else None)

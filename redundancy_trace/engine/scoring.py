@@ -8,7 +8,7 @@ import torch
 
 from redundancy_trace.engine.streaming import score_folder
 from redundancy_trace.engine.whole import score_module
-from redundancy_trace.errors import InputError
+from redundancy_trace.errors import CheckpointError, InputError
 from redundancy_trace.metrics import ModelScores
 from redundancy_trace.weights import load_whole_model
 
@@ -75,10 +75,34 @@ def score_checkpoint(
         on_progress: Called with (done, in all): layers of `stream`, batches of `whole`.
 
     Raises:
-        CheckpointError: If this checkpoint cannot be scored: incomplete weights, failed proof, a state not finite.
+        CheckpointError: If this checkpoint cannot be scored: incomplete weights, failed proof, a state not finite, or
+            not even one sequence at a time fits the device.
         InputError: If the token ids do not fit the model.
     """
     size = choose_batch_size(batch_size, token_ids.shape[1], len(token_ids))
+    while True:
+        try:
+            return _score(folder, token_ids, device, dtype, size, engine, trust_remote_code, on_progress)
+        except torch.OutOfMemoryError as error:
+            if size == 1:
+                raise CheckpointError(
+                    f"One sequence of {token_ids.shape[1]:,} tokens does not fit the memory of {device}; try --engine "
+                    "stream, a shorter --sequence-length or --device cpu."
+                ) from error
+            # Halved, not fitted to what is free at the moment: a run repeats.
+            size = (size + 1) // 2
+
+
+def _score(
+    folder: Path,
+    token_ids: np.ndarray,
+    device: torch.device,
+    dtype: torch.dtype,
+    size: int,
+    engine: str,
+    trust_remote_code: bool,  # noqa: FBT001 - inside this module
+    on_progress: Callable[[int, int], None] | None,
+) -> ModelScores:
     if engine == "stream":
         return score_folder(
             folder,

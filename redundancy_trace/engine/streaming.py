@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from redundancy_trace.blocks import (
     Decomposition,
     LayerStates,
     find_layers,
+    layer_input,
     layer_kind,
     prove,
     tap,
@@ -38,10 +38,6 @@ class LayerArguments:
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-
-    def to_float32(self) -> "LayerArguments":
-        """The same with floating tensors in float32, for the probe."""
-        return LayerArguments(_map_floats(self.args), _map_floats(self.kwargs))
 
 
 def score_folder(
@@ -73,12 +69,13 @@ def score_folder(
     model = empty.model
     layers_name, layers = find_layers(model)
     check_calibration(token_ids, model)
-    with torch.inference_mode():
+    with torch.no_grad():
         ids = torch.as_tensor(token_ids, dtype=torch.long)
         inputs = _load_outside_layers_(empty, layers_name, ids).to(device)
         batches = [inputs[i : i + batch_size] for i in range(0, len(inputs), batch_size)]
-        states, arguments = _embed(model, layers, batches)
-        probe = _dry_run(model, layers, inputs[:1, :PROBE_TOKENS]).arguments
+        surroundings = _surroundings(model, layers, inputs[:1, :PROBE_TOKENS])
+        states, arguments = _embed(surroundings, batches)
+        probe = surroundings.run(inputs[:1, :PROBE_TOKENS]).arguments
 
         values: list[Value] = []
         proven: dict[Hashable, Decomposition] = {}
@@ -88,17 +85,18 @@ def score_folder(
             with _loaded(empty, layers_name, layers, index) as layer:
                 kind = layer_kind(layers, index, model.config)
                 if kind not in proven:
-                    proven[kind] = _prove(empty, layers, index, states[0], probe[index])
-                sums = LayerSums(index, dtype)
+                    x, given = states[0][:1, :PROBE_TOKENS], probe[index]
+                    proven[kind] = prove(layer, index, x, given.args, given.kwargs, model.config)
+                sums = LayerSums(index)
                 _run_layer_(layer, proven[kind], states, arguments, index, sums)
             values += sums.values()
             _add_state(distances, states)
             if on_layer is not None:
                 on_layer(index + 1, len(layers))
         empty.load_head_()
-        loss = LossSums(dtype)
+        loss = LossSums()
         for batch, original, state in zip(batches, ids.split(batch_size), states, strict=True):
-            _add_loss(model, layers, batch, original.to(device), state, loss)
+            _add_loss(surroundings, batch, original.to(device), state, loss)
     return ModelScores((*values, loss.value()), distances.distances())
 
 
@@ -124,11 +122,11 @@ def _load_outside_layers_(empty: EmptyModel, layers_name: str, ids: Tensor) -> T
 class _Recorder(nn.Module):
     """Stands in for a layer: keeps what it is given and returns its hidden state, or `answer`, unchanged."""
 
-    def __init__(self, original: nn.Module, *, as_tuple: bool, answer: Tensor | None = None) -> None:
+    def __init__(self, original: nn.Module, *, as_tuple: bool) -> None:
         super().__init__()
         self._original = (original,)  # in a tuple, so that it does not become a submodule
         self._as_tuple = as_tuple
-        self._answer = answer
+        self.answer: Tensor | None = None
         self.hidden: Tensor | None = None
         self.seen: LayerArguments | None = None
 
@@ -141,12 +139,9 @@ class _Recorder(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Keep the arguments; return the hidden state or the answer."""
-        if args:
-            self.hidden, args = args[0], args[1:]
-        else:
-            self.hidden = kwargs.pop("hidden_states")
-        self.seen = LayerArguments(args, kwargs)
-        result = self.hidden if self._answer is None else self._answer
+        self.hidden, others, keywords = layer_input(args, kwargs)
+        self.seen = LayerArguments(others, keywords)
+        result = self.hidden if self.answer is None else self.answer
         return (result,) if self._as_tuple else result
 
 
@@ -156,7 +151,7 @@ class _DryRun:
 
     hidden: Tensor
     arguments: tuple[LayerArguments, ...]
-    output: Any
+    output: Tensor
 
 
 @contextmanager
@@ -170,62 +165,85 @@ def _replaced(layers: nn.ModuleList, recorders: list[_Recorder]) -> Iterator[Non
         layers._modules = {str(i): layer for i, layer in enumerate(originals)}
 
 
-def _dry_run(
-    model: Any, layers: nn.ModuleList, ids: Tensor, answer: Tensor | None = None, *, head: bool = False
-) -> _DryRun:
-    """Run the model with every layer replaced by a recorder; the last one returns `answer` if that is given."""
-    failure: Exception | None = None
-    for as_tuple in (False, True):
-        recorders = [_Recorder(layer, as_tuple=as_tuple) for layer in layers[:-1]]
-        recorders.append(_Recorder(layers[-1], as_tuple=as_tuple, answer=answer))
-        with _replaced(layers, recorders):
-            try:
-                output = (model if head else model.base_model)(input_ids=ids, use_cache=False)
-            except Exception as error:
-                # A model whose layers return tuples takes element 0 of a bare state, its batch axis is gone, and it
-                # fails or goes on with two axes.
-                failure = failure or error
-                continue
-        # Of the base model the state behind the final norm, with the head the logits.
-        final = output.logits if head else output[0]
+@dataclass(frozen=True)
+class _Surroundings:
+    """All of a model but its layers: embeddings and what the layers are handed in front, final norm and head behind.
+
+    Attributes:
+        model: The model.
+        layers: Its decoder layers; they do not run here.
+        as_tuple: Whether the model expects a tuple of each layer, with the state in front.
+    """
+
+    model: Any
+    layers: nn.ModuleList
+    as_tuple: bool
+
+    def run(self, ids: Tensor, answer: Tensor | None = None, *, head: bool = False) -> _DryRun:
+        """Run the model with every layer replaced by a recorder; the last one returns `answer` if that is given.
+
+        Args:
+            ids: Token ids, shape (B, T).
+            answer: None, or the last layer's output, shape (B, T, D).
+            head: Whether the output wanted is the logits rather than the state behind the final norm.
+        """
+        recorders = [_Recorder(layer, as_tuple=self.as_tuple) for layer in self.layers]
+        recorders[-1].answer = answer
+        with _replaced(self.layers, recorders):
+            output = (self.model if head else self.model.base_model)(input_ids=ids, use_cache=False)
         states = [recorder.hidden for recorder in recorders if recorder.hidden is not None]
-        if {state.shape for state in states} == {states[0].shape} and final.shape[:2] == states[0].shape[:2]:
-            seen = tuple(recorder.seen for recorder in recorders if recorder.seen is not None)
-            return _DryRun(states[0], seen, output)
-    reason = f" ({failure})" if failure is not None else ""
+        final = output.logits if head else output[0]
+        if len(states) != len(recorders):
+            raise CheckpointError(
+                f"{type(self.model).__name__} ran {len(states)} of its {len(recorders)} layers; try --engine whole."
+            )
+        # A model that expects tuples takes element 0 of a bare state: the batch axis is gone.
+        if {state.shape for state in states} != {states[0].shape} or final.ndim != 3:
+            raise CheckpointError(
+                f"{type(self.model).__name__} does not hand one state from layer to layer; try --engine whole."
+            )
+        return _DryRun(states[0], tuple(recorder.seen for recorder in recorders if recorder.seen is not None), final)
+
+
+def _surroundings(model: Any, layers: nn.ModuleList, ids: Tensor) -> _Surroundings:
+    """Find out by trying whether the model expects tuples of its layers."""
+    failures = []
+    for as_tuple in (False, True):
+        surroundings = _Surroundings(model, layers, as_tuple)
+        try:
+            surroundings.run(ids)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a model raises that is handed the wrong form
+            failures.append(error)
+        else:
+            return surroundings
     raise CheckpointError(
-        f"{type(model).__name__} does not hand one state from layer to layer{reason}; try --engine whole."
-    )
+        f"{type(model).__name__} cannot be run without its layers ({failures[0]}); try --engine whole."
+    ) from failures[0]
 
 
 def _embed(
-    model: Any, layers: nn.ModuleList, batches: list[Tensor]
+    surroundings: _Surroundings, batches: list[Tensor]
 ) -> tuple[list[Tensor], dict[int, tuple[LayerArguments, ...]]]:
     """h_0 of every batch, and the layers' arguments by batch size.
 
-    Batches of one size get equal arguments, since no sequence is padded; where they differ the layers depend on the
-    tokens themselves and the recorded arguments of one batch would be wrong for the next.
+    Batches of one size get equal arguments, since no sequence is padded. Where other tokens give other arguments,
+    the layers are handed more than the state before them, and what a dry run records would be wrong.
     """
     states: list[Tensor] = []
     arguments: dict[int, tuple[LayerArguments, ...]] = {}
-    compared = False
     for batch in batches:
-        dry = _dry_run(model, layers, batch)
-        if len(dry.arguments) != len(layers):
-            raise CheckpointError(
-                f"{type(model).__name__} ran {len(dry.arguments)} of its {len(layers)} layers; try --engine whole."
-            )
+        dry = surroundings.run(batch)
         states.append(dry.hidden.clone())
-        known = arguments.setdefault(len(batch), dry.arguments)
-        if known is not dry.arguments and not compared:
-            compared = True
-            if not all(
-                _same((a.args, a.kwargs), (b.args, b.kwargs)) for a, b in zip(known, dry.arguments, strict=True)
-            ):
-                raise CheckpointError(
-                    f"The layers of {type(model).__name__} are handed more than the state of the layer before them; "
-                    "try --engine whole."
-                )
+        arguments.setdefault(len(batch), dry.arguments)
+    others = surroundings.run(batches[0].roll(1, dims=1)).arguments
+    for given, other in zip(arguments[len(batches[0])], others, strict=True):
+        if not _same((given.args, given.kwargs), (other.args, other.kwargs)):
+            raise CheckpointError(
+                f"The layers of {type(surroundings.model).__name__} are handed more than the state of the layer "
+                "before them; try --engine whole."
+            )
     return states, arguments
 
 
@@ -237,18 +255,6 @@ def _loaded(empty: EmptyModel, layers_name: str, layers: nn.ModuleList, index: i
         yield layers[index]
     finally:
         release_(layers[index])
-
-
-def _prove(
-    empty: EmptyModel, layers: nn.ModuleList, index: int, state: Tensor, arguments: LayerArguments
-) -> Decomposition:
-    """Probe the loaded layer in float32, whatever the compute dtype."""
-    layer = layers[index] if empty.dtype == torch.float32 else deepcopy(layers[index]).float()
-    # The proof counts in-place changes, which inference tensors do not record.
-    with torch.inference_mode(mode=False):
-        given = LayerArguments(_map_clones(arguments.args), _map_clones(arguments.kwargs)).to_float32()
-        x = state[:1, :PROBE_TOKENS].clone().float()
-        return prove(layer, index, x, given.args, given.kwargs, empty.model.config)
 
 
 def _run_layer_(
@@ -280,31 +286,11 @@ def _add_state(distances: DistanceSums, states: list[Tensor]) -> None:
     distances.close()
 
 
-def _add_loss(
-    model: Any, layers: nn.ModuleList, batch: Tensor, original: Tensor, state: Tensor, loss: LossSums
-) -> None:
+def _add_loss(surroundings: _Surroundings, batch: Tensor, original: Tensor, state: Tensor, loss: LossSums) -> None:
     """Final norm and head on the last state, one sequence at a time: logits are the largest tensor of all."""
     for i in range(len(batch)):
-        dry = _dry_run(model, layers, batch[i : i + 1], answer=state[i : i + 1], head=True)
-        loss.add(dry.output.logits, original[i : i + 1])
-
-
-def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, (tuple, list)):
-        return type(value)(_map(item, change) for item in value)
-    if isinstance(value, dict):
-        return {key: _map(item, change) for key, item in value.items()}
-    return value
-
-
-def _map_floats(value: Any) -> Any:
-    return _map(value, lambda t: t.float() if t.is_floating_point() else t)
-
-
-def _map_clones(value: Any) -> Any:
-    return _map(value, torch.clone)
+        logits = surroundings.run(batch[i : i + 1], answer=state[i : i + 1], head=True).output
+        loss.add(logits, original[i : i + 1])
 
 
 def _same(a: Any, b: Any) -> bool:

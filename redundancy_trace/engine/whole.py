@@ -11,10 +11,13 @@ from torch import Tensor, nn
 
 from redundancy_trace.blocks import (
     PROBE_TOKENS,
+    TOLERANCE,
     Decomposition,
     LayerStates,
     find_layers,
+    layer_input,
     layer_kind,
+    not_finite,
     prove,
     tap,
 )
@@ -25,6 +28,7 @@ from redundancy_trace.engine.sums import (
     LossSums,
     distance_sequences,
 )
+from redundancy_trace.errors import CheckpointError, InputError
 from redundancy_trace.metrics import ModelScores, Value
 
 
@@ -38,7 +42,7 @@ def score_module(
     """Score a loaded model where it is and in the dtype it has.
 
     Args:
-        model: A causal language model of transformers; its training mode is put back at the end.
+        model: A causal language model of transformers, float32, bfloat16 or float64; it is left as it is.
         token_ids: Calibration, shape (N, T), integers.
         batch_size: Sequences a forward.
         on_batch: Called with (batches done, batches in all).
@@ -50,44 +54,48 @@ def score_module(
     _, layers = find_layers(model)
     check_calibration(token_ids, model)
     embedding = model.get_input_embeddings().weight
-    dtype = next(p.dtype for p in layers.parameters() if p.is_floating_point())
+    if embedding.dtype not in TOLERANCE:
+        raise InputError(
+            f"The model is in {str(embedding.dtype).removeprefix('torch.')}, which overflows where training does not; "
+            "score model.float() or model.bfloat16()."
+        )
     ids = torch.as_tensor(token_ids, dtype=torch.long, device=embedding.device)
-    training = model.training
+    training = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        proven = _prove_kinds(model, layers, ids[:1, :PROBE_TOKENS])
-        with torch.inference_mode():
-            return _score(model, layers, proven, ids, batch_size, dtype, on_batch)
+        # Not inference_mode: buffers that a forward renews must stay usable in the owner's training.
+        with torch.no_grad():
+            proven = _prove_kinds(model, layers, ids[:1, :PROBE_TOKENS])
+            return _score(model, layers, proven, ids, batch_size, on_batch)
     finally:
-        model.train(training)
+        for module, mode in training.items():
+            module.training = mode
 
 
 def _prove_kinds(model: Any, layers: nn.ModuleList, ids: Tensor) -> list[Decomposition]:
-    """The decomposition of every layer; one layer of each kind is probed in float32."""
-    given: dict[int, tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = {}
+    """The decomposition of every layer; one layer of each kind is probed."""
+    given: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
 
-    def keep(index: int, _layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        keywords = dict(kwargs)
-        x, rest = (args[0], args[1:]) if args else (keywords.pop("hidden_states"), ())
-        given[index] = x.clone(), rest, keywords
+    def keep(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x, rest, keywords = layer_input(args, kwargs)
+        given.append((x.clone(), rest, keywords))
 
-    first: dict[Hashable, int] = {}
-    for index in range(len(layers)):
-        first.setdefault(layer_kind(layers, index, model.config), index)
-    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    with ExitStack() as hooks, torch.no_grad():
-        for index in first.values():
-            hook = layers[index].register_forward_pre_hook(partial(keep, index), with_kwargs=True)
-            hooks.callback(hook.remove)
-        if dtype != torch.float32:
-            model.float()
-        try:
-            model.base_model(input_ids=ids, use_cache=False)
-            proven = {kind: prove(layers[index], index, *given[index], model.config) for kind, index in first.items()}
-        finally:
-            if dtype != torch.float32:
-                model.to(dtype)
-    return [proven[layer_kind(layers, index, model.config)] for index in range(len(layers))]
+    with ExitStack() as hooks:
+        for layer in layers:
+            hooks.callback(layer.register_forward_pre_hook(keep, with_kwargs=True).remove)
+        model.base_model(input_ids=ids, use_cache=False)
+    if len(given) != len(layers):
+        raise CheckpointError(f"{type(model).__name__} runs {len(given)} layers in a forward, but has {len(layers)}.")
+    proven: dict[Hashable, Decomposition] = {}
+    kinds = [layer_kind(layers, index, model.config) for index in range(len(layers))]
+    for index, kind in enumerate(kinds):
+        x, args, kwargs = given[index]
+        if not bool(torch.isfinite(x).all()):
+            where = f"the output of layer {index - 1}" if index else "the embedding"
+            raise CheckpointError(not_finite(where, x.dtype))
+        if kind not in proven:
+            proven[kind] = prove(layers[index], index, x, args, kwargs, model.config)
+    return [proven[kind] for kind in kinds]
 
 
 def _score(
@@ -96,11 +104,10 @@ def _score(
     proven: list[Decomposition],
     ids: Tensor,
     batch_size: int,
-    dtype: torch.dtype,
     on_batch: Callable[[int, int], None] | None,
 ) -> ModelScores:
-    sums = [LayerSums(index, dtype) for index in range(len(layers))]
-    loss = LossSums(dtype)
+    sums = [LayerSums(index) for index in range(len(layers))]
+    loss = LossSums()
     kept: list[list[Tensor]] = [[] for _ in range(len(layers) + 1)]
     wanted = 0
     seen_sequences = 0

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +79,8 @@ def open_weights(folder: Path) -> WeightFiles:
 
 def _shards(index: Path) -> list[Path]:
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted({str(name) for name in weight_map.values()})
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{index} is no index of weight shards ({error}); fetch it again.") from error
     missing = [name for name in names if not (index.parent / name).is_file()]
@@ -141,13 +143,17 @@ def _open_bin(file: Path) -> dict[str, Tensor]:
     try:
         with file.open("rb") as opened:
             zipped = opened.read(2) == b"PK"
-        state = torch.load(file, mmap=zipped, **load)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickles in odd forms, which are read or refused all the same
+            state = torch.load(file, mmap=zipped, **load)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
             f"{file} ({file.stat().st_size:,} bytes) cannot be read with torch's safe loader: {first} "
             "It is truncated, or holds more than tensors and is not opened for that reason."
         ) from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{file} holds a {type(state).__name__}, not tensors by name: no model's weights.")
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     if len(tensors) < len(state):
         others = [str(name) for name in state if name not in tensors]

@@ -76,7 +76,8 @@ class EmptyModel:
 
     def load_embedding_rows_(self, rows: Tensor) -> bool:
         """Fill the input embedding with the given rows of its matrix only; False if that cannot be done."""
-        embedding, stored = self._embedding()
+        embedding = self.model.get_input_embeddings()
+        stored = self._stored_for(f"{_name_of(self.model, embedding)}.weight")
         if stored is None:
             return False
         matrix = self.weights.rows(stored, rows).to(self.device, self.dtype)
@@ -86,22 +87,22 @@ class EmptyModel:
         return True
 
     def load_head_(self) -> None:
-        """Fill the output head: its own tensors, or the whole embedding matrix where the two are tied."""
+        """Fill the output head: its own tensors, and the whole embedding matrix where that is tied to it."""
         head = self.model.get_output_embeddings()
         name = _name_of(self.model, head)
-        tied = self.model.all_tied_weights_keys
-        _, embedding = self._embedding()
-        # A tied head is filled from the embedding, even where a file carries a copy of it.
-        if f"{name}.weight" in tied and embedding is not None:
-            matrix = self.weights.read([embedding])[embedding].to(self.device, self.dtype)
+        own = self.stored_names(name)
+        self.load_(own)
+        # As transformers does: a head of its own in the file wins over the tie in the configuration.
+        if not any(self.targets[stored][0] == f"{name}.weight" for stored in own):
+            stored = self._stored_for(f"{name}.weight")
+            assert stored is not None  # else it would have been missing
+            matrix = self.weights.read([stored])[stored].to(self.device, self.dtype)
             head.weight = nn.Parameter(matrix, requires_grad=False)
-        self.load_(stored for stored in self.stored_names(name) if self.targets[stored][0] not in tied)
 
-    def _embedding(self) -> tuple[Any, str | None]:
-        """The input embedding and the stored name of its matrix; None if the file holds it in converted form."""
-        embedding = self.model.get_input_embeddings()
-        target = f"{_name_of(self.model, embedding)}.weight"
-        return embedding, next((s for s, found in self.targets.items() if found == (target, False)), None)
+    def _stored_for(self, parameter: str) -> str | None:
+        """Stored name of the tensor that is a parameter, its own before a tied one; None if it must be converted."""
+        stored = {target: name for name, (target, converted) in self.targets.items() if not converted}
+        return next((stored[name] for name in _tied_with(self.model, parameter) if name in stored), None)
 
 
 def build_empty_model(
@@ -128,6 +129,10 @@ def build_empty_model(
         # Buffers stay real: they are computed from the configuration, not read.
         with _quiet(), init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+            # The constructor computed them in `dtype`; loading a model, transformers computes them again outside of it.
+            for module in model.modules():
+                module._is_hf_initialized = False
+            model.initialize_weights()
     except Exception as error:  # any failure means that this config makes no causal language model
         raise CheckpointError(
             f"{folder / 'config.json'} ({type(config).__name__}) makes no causal language model: {_first_line(error)}"
@@ -177,6 +182,8 @@ def load_whole_model(folder: Path, *, device: torch.device, dtype: torch.dtype, 
                 ignore_mismatched_sizes=True,
             )
     except Exception as error:
+        # Names the tensors that do not fit, where transformers only says that something does not.
+        build_empty_model(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
         raise CheckpointError(f"{folder} cannot be loaded: {_first_line(error)}") from error
     model, info = loaded
     _refuse(folder, _LoadingInfo(**info), missing=info["missing_keys"])
@@ -250,14 +257,20 @@ def _targets(model: Any, mapping: list[Any], stored: Iterable[str]) -> dict[str,
 
 def _truly_missing(model: Any, missing: Iterable[str]) -> list[str]:
     """Missing names that nothing else fills: neither tied to a present one nor declared optional by the model."""
-    tied = model.all_tied_weights_keys
     optional = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
     missing = set(missing)
     return sorted(
         name
         for name in missing
-        if not (name in tied and tied[name] not in missing) and not any(pattern.search(name) for pattern in optional)
+        if missing.issuperset(_tied_with(model, name)) and not any(pattern.search(name) for pattern in optional)
     )
+
+
+def _tied_with(model: Any, parameter: str) -> list[str]:
+    """Names of all parameters that are one with `parameter`, itself first."""
+    tied = model.all_tied_weights_keys
+    source = tied.get(parameter, parameter)
+    return [parameter, source, *(name for name, other in tied.items() if other == source)]
 
 
 def _refuse(folder: Path, info: Any, missing: Iterable[str]) -> None:
@@ -271,7 +284,8 @@ def _refuse(folder: Path, info: Any, missing: Iterable[str]) -> None:
     ):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            problems.append(f"{len(names)} tensors are {what}: {', '.join(names[:3])}{more}")
+            count = "1 tensor is" if len(names) == 1 else f"{len(names)} tensors are"
+            problems.append(f"{count} {what}: {', '.join(names[:3])}{more}")
     if problems:
         raise CheckpointError(
             f"The weights in {folder} are not those of its config.json; transformers would go on with random numbers. "
