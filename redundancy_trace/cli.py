@@ -2,7 +2,9 @@
 
 import inspect
 import json
+import os
 import sys
+import threading
 import traceback
 from dataclasses import fields
 from pathlib import Path
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from redundancy_trace.sweep import SweepResult
 
 INTERRUPTED = 130
+_INTERRUPTED_TEXT = "trace: interrupted; what was finished is stored. Give the same command again to go on."
 # Longest table of a sweep; of more checkpoints evenly chosen ones are shown.
 _TABLE_ROWS = 24
 
@@ -34,7 +37,13 @@ app = typer.Typer(
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 some checkpoints failed or a fault, 2 bad input, 130 interrupted."""
-    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+    code = run(sys.argv[1:] if arguments is None else arguments)
+    if any(not thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread()):
+        # A download that waits for a busy server: what it fetched is deleted, and the interpreter would wait for it.
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def run(arguments: list[str]) -> int:
@@ -45,7 +54,7 @@ def run(arguments: list[str]) -> int:
         _say(f"trace: {error}")
         return error.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        _say("trace: interrupted; what was finished is stored. Give the same command again to go on.")
+        _say(_INTERRUPTED_TEXT)
         return INTERRUPTED
     except BrokenPipeError:
         sys.stdout = None  # the reader has gone; nothing is left to flush to
@@ -53,10 +62,14 @@ def run(arguments: list[str]) -> int:
     except Exception as error:
         if (show := getattr(error, "show", None)) is not None:  # what the command-line parser refuses
             show()
+            if "No such command" in str(error) and "Did you mean" not in str(error):
+                _say("To sweep a model, name it: trace --model REPO or trace --model FOLDER.")
             return int(getattr(error, "exit_code", 2))
         traceback.print_exc()
         _say("trace: this is a fault of the program, not of your input; please report it with the lines above.")
         return 1
+    if result == INTERRUPTED:  # the parser turns a KeyboardInterrupt into this
+        _say(_INTERRUPTED_TEXT)
     return result if isinstance(result, int) else 0
 
 
@@ -136,13 +149,19 @@ def plot_command(
         list[str] | None, typer.Option("--figure", help="Only this figure; may be given again [default: all].")
     ] = None,
     formats: Annotated[str, typer.Option("--format", help="png, pdf, svg, or several with commas.")] = "png,pdf",
+    calibration: Annotated[
+        str | None,
+        typer.Option("--calibration", help="As the rows name it, such as 'pydoc 64x512' [default: the first]."),
+    ] = None,
 ) -> int:
     """Redraw a run's figures from its stored scores."""
+    from redundancy_trace.analysis import one_calibration
     from redundancy_trace.figures import draw_figures
     from redundancy_trace.store import read_scores
 
     wanted = [form.strip() for form in formats.split(",") if form.strip()]
-    for path in draw_figures(read_scores(run_folder), run_folder / "figures", figure or None, wanted):
+    scores = one_calibration(read_scores(run_folder), calibration)
+    for path in draw_figures(scores, run_folder / "figures", figure or None, wanted):
         typer.echo(path)
     return 0
 
@@ -152,15 +171,16 @@ def _say(text: str) -> None:
 
 
 def _summary(result: "SweepResult") -> "pl.DataFrame":
-    from redundancy_trace.analysis import training_summary
+    from redundancy_trace.analysis import one_calibration, training_summary
     from redundancy_trace.store import read_scores
 
-    return training_summary(read_scores(result.folder))
+    return training_summary(one_calibration(read_scores(result.folder), result.calibration))
 
 
 def _result_as_json(result: "SweepResult") -> dict[str, Any]:
     return {
         "run": str(result.folder),
+        "calibration": result.calibration,
         "scored": result.scored,
         "kept": result.kept,
         "failures": result.failures,
@@ -186,7 +206,9 @@ def _print_result(result: "SweepResult") -> None:
         ]
         for row in rows
     ]
-    typer.echo("Mean importance 1 - cos over the layers (0 = redundant), loss in nats per token:")
+    typer.echo(
+        f"Mean importance 1 - cos over all layers (0 = redundant), loss in nats per token, on {result.calibration}:"
+    )
     _print_table(columns, cells)
     if len(rows) < len(summary):
         typer.echo(f"({len(rows)} of {len(summary)} checkpoints are shown)")

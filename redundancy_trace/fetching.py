@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 
 from redundancy_trace.checkpoints import Checkpoint, needed_files, weight_files
 from redundancy_trace.errors import CheckpointError, InputError
@@ -35,6 +36,7 @@ def fetch(
     hub: Hub,
     into: Path,
     on_bytes: Callable[[int], None] | None = None,
+    stopped: Event | None = None,
 ) -> Fetched:
     """Bring a checkpoint's config and weights to this machine, unless they are here.
 
@@ -46,6 +48,7 @@ def fetch(
             one run neither write into nor delete each other's files.
         on_bytes: Told the bytes of each chunk that arrives (negative when a file starts again); an exception that
             it raises ends the download.
+        stopped: Once set (by another thread), the download ends soon.
 
     Raises:
         CheckpointError: There are no weights, a file cannot be had, or there is no space. Nothing is left behind.
@@ -78,7 +81,7 @@ def fetch(
     try:
         _adopt(into, folder)
         _check_space(folder, files, checkpoint.name)
-        hub.download(listing_model, commit, paths, folder, count)
+        hub.download(listing_model, commit, paths, folder, count, stopped)
         _check_sizes(folder, files, checkpoint.name)
     except BaseException as error:
         discard(Fetched(folder, temporary=True, bytes_moved=moved))
@@ -97,6 +100,11 @@ def discard(fetched: Fetched) -> None:
         fetched.folder.parent.rmdir()
     except OSError:
         return  # another process has its own copy there
+
+
+def abandon(into: Path) -> None:
+    """Delete what this process has in the run's folder for a commit, while its download may not have ended yet."""
+    discard(Fetched(into / _owner(), temporary=True, bytes_moved=0))
 
 
 def _needed(model: str, checkpoint: Checkpoint, hub: Hub, commit: str) -> tuple[RepoFile, ...]:

@@ -10,7 +10,7 @@ import json
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -160,7 +160,7 @@ def open_run(
     """The run in `folder` if it can be gone on with, None if the folder is free; makes sure it can be written to.
 
     Args:
-        folder: `--out`; made if it is not there.
+        folder: `--out`; it need not be there, and is not made.
         model: The model asked for.
         trust_remote_code: As asked for.
         dtype: The compute dtype asked for, None for `auto` (the run's own then holds).
@@ -169,16 +169,19 @@ def open_run(
     Raises:
         InputError: If the folder holds another run (the field is named) or something else, or is not writable.
     """
+    there = next(path for path in (folder, *folder.parents) if path.exists())
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable-{uuid.uuid4().hex}"
+        probe = there / f".writable-{uuid.uuid4().hex}"
         probe.touch()
         probe.unlink()
     except OSError as error:
         raise InputError(f"--out {folder} cannot be written to ({error.strerror}); try another --out.") from error
     run = read_run(folder)
     if run is None:
-        foreign = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+        # Token ids are kept before settings.json: alone, they are what a killed sweep left.
+        ours = (".", "token_ids")
+        names = sorted(path.name for path in folder.iterdir()) if there == folder else []
+        foreign = [name for name in names if not name.startswith(ours)]
         if foreign:
             raise InputError(
                 f"--out {folder} is not empty and holds no run ({', '.join(foreign[:3])}); name a new folder."
@@ -207,13 +210,20 @@ def open_run(
     return run
 
 
-def write_run(run: Run, settings: Mapping[str, Any]) -> None:
+def write_run(run: Run, settings: Mapping[str, Any]) -> Run:
     """Write `settings.json`: what the run is, the last settings, the versions of the libraries.
 
     Args:
         run: The run.
         settings: The settings of this call, ready for JSON.
+
+    Returns:
+        The run with the calibrations, too, that another process has meanwhile put on record.
     """
+    recorded = current.calibrations if (current := read_run(run.folder)) else ()
+    known = {record.sha256 for record in recorded}
+    added = tuple(record for record in run.calibrations if record.sha256 not in known)
+    run = replace(run, calibrations=(*recorded, *added))
     write_json(
         run.folder / "settings.json",
         {
@@ -227,6 +237,24 @@ def write_run(run: Run, settings: Mapping[str, Any]) -> None:
             "versions": library_versions(),
         },
     )
+    return run
+
+
+def withdraw_run(run: Run, settings: Mapping[str, Any]) -> None:
+    """Take back a run that `write_run` has just begun, if no checkpoint has been through it: the folder is free again.
+
+    Args:
+        run: The run.
+        settings: The settings of this call; a run whose last settings are others is in use, and stays.
+    """
+    stored = [path for part in ("scores", "failures") for path in (run.folder / part).glob("*")]
+    kept = json.loads((run.folder / "settings.json").read_text(encoding="utf-8"))
+    if stored or kept["settings"] != dict(settings):
+        return
+    for file in (*run.folder.glob("token_ids*"), run.folder / "listing.json", run.folder / "settings.json"):
+        file.unlink(missing_ok=True)
+    if not any(run.folder.iterdir()):
+        run.folder.rmdir()
 
 
 def library_versions() -> dict[str, str]:
@@ -349,22 +377,25 @@ def _read(folder: Path, part: str, schema: dict[str, Any], within: tuple[str, ..
     if not files:
         raise InputError(f"{folder} holds no scores yet; run trace --model {run.model} --out {folder} first.")
     frame = pl.scan_parquet(files, schema=schema).collect()
-    if run.tokens_per_step is not None:
-        frame = frame.with_columns(tokens=pl.coalesce("tokens", pl.col("step") * run.tokens_per_step))
+    listed = _listed(folder)
+    # Tokens of the listing first: those in the rows are by the tokens per step that the run was told at the time.
+    tokens = pl.col("revision").replace_strict(listed["name"], listed["tokens"], default=None, return_dtype=pl.Int64)
+    frame = frame.with_columns(tokens=pl.coalesce(tokens, "tokens", pl.col("step") * run.tokens_per_step))
     first = {record.label: i for i, record in enumerate(run.calibrations)}
     by_calibration = pl.col("calibration").replace_strict(first, default=len(first), return_dtype=pl.Int64)
-    listed = _listed(folder)
-    place = pl.col("revision").replace_strict(dict(zip(listed["name"], listed["place"], strict=True)), default=None)
-    order = [by_calibration, place.cast(pl.Int64), *_ORDER, "commit", *within]
+    place = pl.col("revision").replace_strict(
+        listed["name"], listed["place"], default=len(listed), return_dtype=pl.Int64
+    )
+    order = [by_calibration, place, *_ORDER, "commit", *within]
     return _present(frame, listed).sort(order, nulls_last=False)
 
 
 def _listed(folder: Path) -> pl.DataFrame:
-    """Name, commit and place in training order of every ref that the run's last listing had; empty without one."""
-    schema = {"name": pl.String, "commit": pl.String, "place": pl.Int64}
+    """Name, commit, tokens and place in training order of every ref of the run's last listing; empty without one."""
+    schema = {"name": pl.String, "commit": pl.String, "tokens": pl.Int64, "place": pl.Int64}
     try:
         listing = json.loads((folder / "listing.json").read_text(encoding="utf-8"))
-        rows = [(c["name"], c.get("commit"), i) for i, c in enumerate(listing["checkpoints"])]
+        rows = [(c["name"], c["commit"], c["tokens"], i) for i, c in enumerate(listing["checkpoints"])]
     except (OSError, ValueError, KeyError, TypeError):
         rows = []
     return pl.DataFrame(rows, schema=schema, orient="row")

@@ -1,8 +1,10 @@
 """The order of the work: list → fetch → score → store → draw. The only module that knows it."""
 
+import json
 import time
+import traceback
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,7 +22,7 @@ from redundancy_trace.checkpoints import (
     remembered_from_json,
 )
 from redundancy_trace.errors import CheckpointError, InputError, TraceError
-from redundancy_trace.fetching import Fetched, discard, fetch
+from redundancy_trace.fetching import Fetched, abandon, discard, fetch
 from redundancy_trace.hub import Hub
 from redundancy_trace.progress import Reporter, reporting
 from redundancy_trace.settings import TraceSettings
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
 
 DEFAULT_SEQUENCE_LENGTH = 512
 DEMO_SEQUENCE_LENGTH = 128
+_FAILURES_TOLD = 20
+_PATIENCE_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,7 @@ class SweepResult:
         kept: Checkpoints that were stored before.
         failures: Names of those that could not be scored, with the reason.
         figures: The files that were drawn.
+        calibration: The calibration of this sweep, as the rows name it; a run may hold others.
     """
 
     folder: Path
@@ -55,6 +60,7 @@ class SweepResult:
     kept: int
     failures: dict[str, str]
     figures: tuple[Path, ...]
+    calibration: str
 
 
 @dataclass(frozen=True)
@@ -115,9 +121,11 @@ def failure_summary(result: SweepResult) -> str:
     """The failures of a sweep in a few lines, each checkpoint with its reason."""
     lines = [f"  {name}: {reason}" for name, reason in result.failures.items()]
     total = result.scored + result.kept + len(lines)
-    return "\n".join(
-        [f"{len(lines)} of {total} checkpoints could not be scored; they are tried again next time.", *lines]
-    )
+    head = f"{len(lines)} of {total} checkpoints could not be scored; they are tried again next time."
+    if len(lines) > _FAILURES_TOLD:
+        more = len(lines) - _FAILURES_TOLD
+        lines[_FAILURES_TOLD:] = [f"  and {more} more; all of them are in {result.folder / 'failures'}"]
+    return "\n".join([head, *lines])
 
 
 def run_sweep(settings: TraceSettings, reporter: Reporter) -> SweepResult:
@@ -140,6 +148,13 @@ def run_sweep(settings: TraceSettings, reporter: Reporter) -> SweepResult:
     assert settings.model is not None  # held by the settings
     model = _model_label(settings.model)
     folder = settings.out or Path("runs") / model.rsplit("/", 1)[-1]
+    found = store.open_run(
+        folder,
+        model=model,
+        trust_remote_code=settings.trust_remote_code,
+        dtype=None if settings.dtype == "auto" else settings.dtype,
+        tokens_per_step=settings.tokens_per_step,
+    )
     listing_file = folder / "listing.json"
     known, remembered = _known_listing(listing_file, settings.model)
     listing = list_checkpoints(
@@ -147,38 +162,36 @@ def run_sweep(settings: TraceSettings, reporter: Reporter) -> SweepResult:
         settings.revisions,
         endpoint=settings.endpoint,
         offline=settings.offline,
-        tokens_per_step=settings.tokens_per_step,
+        tokens_per_step=found.tokens_per_step if found else settings.tokens_per_step,
         remembered=remembered,
         known=known,
     )
-    run = store.open_run(
-        folder,
-        model=model,
-        trust_remote_code=settings.trust_remote_code,
-        dtype=None if settings.dtype == "auto" else settings.dtype,
-        tokens_per_step=settings.tokens_per_step,
-    )
-    if run is None:
+    if (run := found) is None:
         from redundancy_trace.engine import choose_device, choose_dtype
 
         dtype = str(choose_dtype(settings.dtype, choose_device(settings.device))).removeprefix("torch.")
         run = store.Run(folder, model, dtype, settings.trust_remote_code, settings.tokens_per_step, ())
-        store.write_run(run, _plain(settings))
     calibration, run = _calibrate(settings, listing, run)
     listing, failures = _with_commits(listing, remembered)
     tasks, kept = _open_tasks(listing, run, calibration)
+    run = store.write_run(run, _plain(settings))
     store.write_json(listing_file, listing_to_json(listing, remembered))
-    store.write_run(run, _plain(settings))
 
     reporter.start(kept + len(tasks) + len(failures), kept + len(failures))
     if kept:
         reporter.line(f"{kept} of {kept + len(tasks)} checkpoints are in {folder} already.")
     scored = 0
     if tasks:
-        scored, failed = _score_all(settings, listing, run, calibration, tasks, reporter)
+        try:
+            scored, failed = _score_all(settings, listing, run, calibration, tasks, reporter, any_stored=kept > 0)
+        except InputError:
+            if found is None:
+                store.withdraw_run(run, _plain(settings))
+            raise
         failures |= failed
-    figures = _draw(folder, reporter, needed=scored > 0) if scored or kept else ()
-    return SweepResult(folder, scored, kept, failures, figures)
+    label = _calibration_label(run, calibration)
+    figures = _draw(run, listing, label, reporter) if scored or kept else ()
+    return SweepResult(folder, scored, kept, failures, figures, label)
 
 
 def score_model(
@@ -280,8 +293,6 @@ def _plain(settings: TraceSettings) -> dict[str, Any]:
 
 def _known_listing(file: Path, model: str) -> tuple[Listing | None, dict[Any, str]]:
     """The listing that the run holds, and its hashes of local files; nothing if there is none or it is damaged."""
-    import json
-
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
         listing = listing_from_json(data)
@@ -327,6 +338,11 @@ def _calibrate(settings: TraceSettings, listing: Listing, run: "Run") -> "tuple[
     return calibration, replace(run, calibrations=(*run.calibrations, record))
 
 
+def _calibration_label(run: "Run", calibration: "Calibration") -> str:
+    """What the rows of this calibration are called in the run."""
+    return next(record.label for record in run.calibrations if record.sha256 == calibration.sha256)
+
+
 def _hub(settings: TraceSettings) -> Hub:
     return Hub(endpoint=settings.endpoint, offline=settings.offline)
 
@@ -351,7 +367,7 @@ def _open_tasks(listing: Listing, run: "Run", calibration: "Calibration") -> tup
     """The chosen checkpoints that are not stored yet, and how many are."""
     from redundancy_trace import store
 
-    label = next(r.label for r in run.calibrations if r.sha256 == calibration.sha256)
+    label = _calibration_label(run, calibration)
     number_settings = {"dtype": run.dtype, "trust_remote_code": run.trust_remote_code}
     finished = store.finished_parts(run.folder)
     tasks: list[_Task] = []
@@ -393,6 +409,8 @@ def _score_all(
     calibration: "Calibration",
     tasks: list[_Task],
     reporter: Reporter,
+    *,
+    any_stored: bool,
 ) -> tuple[int, dict[str, str]]:
     """Score the tasks in order, the next one being fetched meanwhile; returns how many, and the failures."""
     import torch
@@ -409,7 +427,7 @@ def _score_all(
             started = time.monotonic()
             fetched: Fetched | None = None
             try:
-                fetched = ahead.result()
+                fetched = _awaited(ahead)
                 if number + 1 < len(tasks):
                     ahead = begin(tasks[number + 1])
                 reporter.scoring(name)
@@ -423,11 +441,11 @@ def _score_all(
                     trust_remote_code=settings.trust_remote_code,
                     on_progress=reporter.step,
                 )
-            except InputError:
-                raise  # wrong for every checkpoint
             except Exception as error:
-                # Whatever one checkpoint does, the others go on.
-                reason = str(error) if isinstance(error, TraceError) else f"{type(error).__name__}: {error}"
+                # Input that fits none is told at once; what others bore is a fault of this one, and they go on.
+                if isinstance(error, InputError) and not (scored or any_stored):
+                    raise
+                reason = _reason(error)
                 failures[name] = reason
                 store.write_failure(run.folder, task.labels, reason)
                 reporter.finished(f"{name}: not scored: {reason}")
@@ -443,44 +461,51 @@ def _score_all(
     return scored, failures
 
 
+def _awaited(future: "Future[Fetched]") -> Fetched:
+    """The result, waited for in short turns: once polars has run, a signal no longer ends the wait for a lock."""
+    while not wait([future], timeout=0.2).done:
+        pass
+    return future.result()
+
+
 @contextmanager
 def _fetching(
     settings: TraceSettings, listing: Listing, folder: Path, reporter: Reporter
 ) -> "Iterator[Callable[[_Task], Future[Fetched]]]":
-    """A thread that fetches one checkpoint at a time; when the sweep ends early, it stops at the next chunk."""
-    stopped = Event()
+    """A thread that fetches one checkpoint at a time; when the sweep ends early, its files are deleted at once."""
     hub = _hub(settings)
-    started: list[Future[Fetched]] = []
+    started: list[tuple[_Task, Future[Fetched], Event]] = []
 
-    def on_bytes(count: int) -> None:
-        if stopped.is_set():
-            raise InterruptedError("the sweep has ended")
-        reporter.moved(count)
+    def place(task: _Task) -> Path:
+        return folder / ".fetched" / (task.labels.commit or "")
 
-    def work(task: _Task) -> Fetched:
+    def work(task: _Task, stopped: Event) -> Fetched:
         reporter.fetching(task.checkpoint.name, task.checkpoint.bytes if task.checkpoint.path is None else None)
-        commit = task.labels.commit or ""
-        return fetch(listing.model, task.checkpoint, hub, folder / ".fetched" / commit, on_bytes)
+        return fetch(listing.model, task.checkpoint, hub, place(task), reporter.moved, stopped)
 
     def begin(task: _Task) -> "Future[Fetched]":
-        future = pool.submit(work, task)
-        started.append(future)
+        stopped = Event()
+        future = pool.submit(work, task, stopped)
+        started.append((task, future, stopped))
         return future
 
     pool = ThreadPoolExecutor(1, "fetching")
     try:
         yield begin
     except BaseException:
-        stopped.set()
-        pool.shutdown(wait=True, cancel_futures=True)
-        for future in started:
-            if future.done() and not future.cancelled() and future.exception() is None and not settings.keep:
-                discard(future.result())
+        for _, _, stopped in started:
+            stopped.set()
+        pool.shutdown(wait=False, cancel_futures=True)
+        # A download ends at its next chunk; one that waits for a busy server is not waited for.
+        wait([future for _, future, _ in started], timeout=_PATIENCE_SECONDS)
+        for task, future, _ in started:
+            if not settings.keep or not future.done():
+                abandon(place(task))
         raise
+    else:
+        pool.shutdown()
     finally:
-        pool.shutdown(wait=True)
-        if not settings.keep:
-            _remove_if_empty(folder / ".fetched")
+        _remove_if_empty(folder / ".fetched")
 
 
 def _remove_if_empty(folder: Path) -> None:
@@ -490,13 +515,43 @@ def _remove_if_empty(folder: Path) -> None:
         return  # another process fetches there, or it was never made
 
 
-def _draw(folder: Path, reporter: Reporter, *, needed: bool) -> tuple[Path, ...]:
-    """Draw the figures, unless nothing has changed since they were drawn."""
-    pictures = folder / "figures"
-    if not needed and pictures.is_dir() and any(pictures.iterdir()):
-        return tuple(sorted(pictures.iterdir()))
+def _reason(error: Exception) -> str:
+    """Why a checkpoint has no scores; of a fault that nobody foresaw, what it was and where."""
+    if isinstance(error, TraceError):
+        return str(error)
+    lines = str(error).strip().splitlines()
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    told = (
+        f"{type(error).__name__}{f': {lines[0]}' if lines else ''} (in {place.name}, {place.filename}:{place.lineno})"
+    )
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        told += ". Not even one sequence fits: try a shorter --sequence-length, --engine stream, or --device cpu"
+    return told
+
+
+def _draw(run: "Run", listing: Listing, calibration: str, reporter: Reporter) -> tuple[Path, ...]:
+    """Draw the figures, unless what they show is what it was when all of them were drawn."""
+    from redundancy_trace.store import finished_parts, read_scores, write_json
+
+    folder = run.folder / "figures"
+    mark = folder / ".drawn.json"
+    shown = {
+        "scores": sorted(finished_parts(run.folder)),
+        "checkpoints": [[checkpoint.name, checkpoint.commit, checkpoint.tokens] for checkpoint in listing],
+        "tokens_per_step": run.tokens_per_step,
+        "calibration": calibration,
+    }
+    try:
+        drawn = json.loads(mark.read_text(encoding="utf-8"))
+        files = tuple(folder / name for name in drawn["files"])
+        if drawn["shown"] == shown and all(file.is_file() for file in files):
+            return files
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # not drawn yet, or not to the end
+    from redundancy_trace.analysis import one_calibration
     from redundancy_trace.figures import draw_figures
-    from redundancy_trace.store import read_scores
 
     reporter.line("Drawing the figures …")
-    return tuple(draw_figures(read_scores(folder), pictures))
+    files = tuple(draw_figures(one_calibration(read_scores(run.folder), calibration), folder))
+    write_json(mark, {"shown": shown, "files": [file.name for file in files]})
+    return files

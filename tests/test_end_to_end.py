@@ -284,6 +284,9 @@ def test_another_calibration_adds_rows_and_another_model_or_dtype_is_refused(run
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 50)
     assert cli.run([*arguments, *SMALL[2:], "--calibration", str(text)]) == 0
+    capsys.readouterr()
+    assert cli.run([*arguments, *SMALL[2:], "--calibration", str(text)]) == 0
+    assert f"on {text} 4x32" in capsys.readouterr().out, "the table is of the calibration that was asked for"
     calibrations = rt.read_scores(out)["calibration"].unique(maintain_order=True).to_list()
     assert calibrations[0] == "pydoc 4x32"
     assert len(calibrations) == 2

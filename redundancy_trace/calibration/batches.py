@@ -92,7 +92,7 @@ def first_sequences(array: np.ndarray, *, samples: int, sequence_length: int, na
     if int(ids.min()) < 0 or int(ids.max()) > np.iinfo(np.int64).max:
         wrong = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
         raise InputError(f"{name} holds the token id {wrong}; ids count from 0.")
-    return np.ascontiguousarray(ids, dtype=np.int64)
+    return np.array(ids, dtype=np.int64, order="C")  # a copy: the file is mapped read-only
 
 
 def token_hash(ids: np.ndarray) -> str:

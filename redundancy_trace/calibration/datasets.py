@@ -13,6 +13,7 @@ from redundancy_trace.hub import Hub
 C4 = "hf:allenai/c4:en:validation:text"
 # Held-out text first: a model has been trained on the rest.
 SPLIT_ORDER = ("validation", "test", "train")
+_MAIN = "main"
 _CONVERTED = "refs/convert/parquet"
 _DATA_FILE = re.compile(r".+\.(parquet|jsonl|json|txt|jsonl\.gz|json\.gz|txt\.gz)")
 _SPLIT_WORDS = {
@@ -68,9 +69,11 @@ def dataset_pieces(name: DatasetName, hub: Hub) -> Iterator[Piece]:
     Raises:
         InputError: No such repository, configuration, split, file or column; names those there are.
     """
-    layout, revision = _layout(name, hub)
+    layout, refs = _layout(name, hub)
     for path in chosen_files(layout, name):
-        file = hub.dataset_file(name.repo, path, revision)
+        file = hub.dataset_file(name.repo, path, [*refs.values()][-1])
+        for revision, commit in refs.items():
+            hub.keep_ref(name.repo, revision, commit, "dataset")
         yield from column_of_file(file, name.column, f"{path} of {name.repo}")
 
 
@@ -154,25 +157,25 @@ def layout_declared(configs: Any, paths: list[str]) -> Layout:
     return layout
 
 
-def _layout(name: DatasetName, hub: Hub) -> tuple[Layout, str]:
-    """The layout of a repository and the commit it is read at."""
-    commit = hub.resolve(name.repo, "main", "dataset")
+def _layout(name: DatasetName, hub: Hub) -> tuple[Layout, dict[str, str]]:
+    """The layout of a repository, and revision -> commit of what it was seen at; the files are of the last one."""
+    commit = hub.resolve(name.repo, _MAIN, "dataset")
     paths = [file.path for file in hub.files(name.repo, commit, "dataset")]
     data = [path for path in paths if _is_data(path)]
     if "README.md" in paths and data:
         card = hub.dataset_file(name.repo, "README.md", commit)
         if declared := layout_declared(_configs_of(card), data):
-            return declared, commit
+            return declared, {_MAIN: commit}
     # Beside tables, a text file is a licence or a list of requirements.
     for suffixes in ((".parquet",), (".jsonl", ".jsonl.gz", ".json", ".json.gz"), (".txt", ".txt.gz")):
         if chosen := [path for path in data if path.endswith(suffixes)]:
-            return layout_of(chosen), commit
+            return layout_of(chosen), {_MAIN: commit}
     # The Hub's own copy of a dataset whose files are of another kind, or made by a script.
     refs = {ref.name: ref.commit for ref in hub.refs(name.repo, "dataset")}
     if _CONVERTED in refs:
         copies = hub.files(name.repo, refs[_CONVERTED], "dataset")
         if chosen := [file.path for file in copies if file.path.endswith(".parquet")]:
-            return layout_of(chosen), refs[_CONVERTED]
+            return layout_of(chosen), {_MAIN: commit, _CONVERTED: refs[_CONVERTED]}
     shown = ", ".join(sorted(paths)[:8]) or "nothing"
     raise InputError(
         f"{name.repo} has no .parquet, .jsonl(.gz), .json(.gz) or .txt(.gz) file; it holds: {shown}. "

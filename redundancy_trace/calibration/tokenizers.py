@@ -117,6 +117,7 @@ def _fetched(source: TokenizerSource, hub: Hub, *, code: bool) -> Path:
     if not any(path in _VOCABULARIES for path in wanted):
         raise InputError(f"{source} has no tokenizer (none of {', '.join(_VOCABULARIES)}).")
     paths = [hub.cached_file(repo, path, commit) for path in wanted]
+    hub.keep_ref(repo, source.revision, commit)
     return paths[wanted.index(next(path for path in wanted if path in _VOCABULARIES))].parent
 
 

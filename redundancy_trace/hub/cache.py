@@ -1,4 +1,4 @@
-"""The user's own Hub cache, read only: what of a repository is there without a network."""
+"""The user's own Hub cache: what of a repository is there without a network; nothing in it is deleted or moved."""
 
 import re
 from collections.abc import Sequence
@@ -26,6 +26,15 @@ def cached_refs(repo: str, kind: RepoKind) -> tuple[Ref, ...]:
     root = _folder(repo, kind) / "refs"
     found = sorted(file for file in root.rglob("*") if file.is_file())
     return tuple(Ref(file.relative_to(root).as_posix(), "branch", file.read_text().strip()) for file in found)
+
+
+def record_ref(repo: str, revision: str, commit: str, kind: RepoKind) -> None:
+    """Note at which commit a branch was, as huggingface_hub does for files that are asked for by its name."""
+    file = _folder(repo, kind) / "refs" / revision
+    if COMMIT.fullmatch(revision) or (file.is_file() and file.read_text() == commit):
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(commit)
 
 
 def cached_commit(repo: str, revision: str, kind: RepoKind) -> str:

@@ -10,11 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any
 from urllib.parse import quote, urlsplit
 
 from redundancy_trace.errors import CheckpointError, InputError, TraceError, nearest
-from redundancy_trace.hub.cache import cached_commit, cached_files, cached_refs, cached_snapshot
+from redundancy_trace.hub.cache import cached_commit, cached_files, cached_refs, cached_snapshot, record_ref
 from redundancy_trace.hub.failures import explained, first_line, retried
 from redundancy_trace.hub.progress import Meter
 from redundancy_trace.hub.records import COMMIT, Ref, RefKind, RepoFile, RepoKind
@@ -120,6 +121,7 @@ class Hub:
         paths: Sequence[str],
         folder: Path,
         on_bytes: Callable[[int], None] | None = None,
+        stopped: Event | None = None,
     ) -> None:
         """Fetch files of a commit into `folder`, up to eight at a time; what it has of that commit stays.
 
@@ -130,6 +132,7 @@ class Hub:
             folder: Where they go.
             on_bytes: Told the bytes of each chunk that arrives, never by two threads at once; negative when
                 a file starts again. An exception that it raises ends the download.
+            stopped: Once set, the download ends at its next chunk, and no retry is waited for. It is set by a failure.
 
         Raises:
             CheckpointError: A file cannot be had: missing, no access, no answer, connection lost, no space.
@@ -139,7 +142,7 @@ class Hub:
                 f"{repo} at {commit[:12]} is not in the Hub cache, and the network is not to be used. "
                 "Leave out --offline (and HF_HUB_OFFLINE) to download it."
             )
-        meter = Meter(on_bytes)
+        meter = Meter(on_bytes, stopped)
 
         def fetch_one(path: str) -> None:
             with self._told(CheckpointError, repo, commit):
@@ -196,6 +199,14 @@ class Hub:
                 patient=True,
             )
         return Path(fetched)
+
+    def keep_ref(self, repo: str, revision: str, commit: str, kind: RepoKind = "model") -> None:
+        """Note in the user's Hub cache what `resolve` said of a revision, for a later call without a network.
+
+        Files that are fetched by commit leave no such note. To be called once there is a file of the repository.
+        """
+        if not self.is_offline:
+            record_ref(_checked(repo), revision, commit, kind)
 
     def _get_json(self, path: str) -> tuple[Any, str | None]:
         """Body of an API call and the address of its next page."""

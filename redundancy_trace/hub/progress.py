@@ -13,10 +13,10 @@ class Stopped(Exception):
 class Meter:
     """Hands on the bytes of all files of one download, one thread at a time."""
 
-    def __init__(self, on_bytes: Callable[[int], None] | None) -> None:
+    def __init__(self, on_bytes: Callable[[int], None] | None, stopped: threading.Event | None = None) -> None:
         self._on_bytes = on_bytes
         self._lock = threading.Lock()
-        self.stopped = threading.Event()
+        self.stopped = stopped or threading.Event()
 
     def stop(self) -> None:
         """Let every file that is still arriving fail at its next chunk."""
