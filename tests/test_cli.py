@@ -161,7 +161,7 @@ def test_results_go_to_stdout_and_everything_else_to_stderr(tiny_run, tmp_path, 
     told = capfd.readouterr()
     assert re.match(r"\[1/2\] checkpoint-0 scored in .* s\n\[2/2\] checkpoint-8 scored in .* s\n$", told.err)
     head, columns, *rows = told.out.splitlines()
-    assert head == "Mean importance 1 - cos over the layers (0 = redundant), loss in nats per token:"
+    assert head.endswith("over all layers (0 = redundant), loss in nats per token, on pydoc 4x32:")
     assert columns.split() == ["checkpoint", "step", "attn", "mlp", "block", "loss"]
     assert [row.split()[:2] for row in rows] == [["checkpoint-0", "0"], ["checkpoint-8", "8"]]
     assert cli.run([*arguments, "--quiet"]) == 0
@@ -170,7 +170,7 @@ def test_results_go_to_stdout_and_everything_else_to_stderr(tiny_run, tmp_path, 
     told = capfd.readouterr()
     assert told.err == ""
     result = json.loads(told.out)
-    assert list(result) == ["run", "scored", "kept", "failures", "figures", "checkpoints"]
+    assert list(result) == ["run", "calibration", "scored", "kept", "failures", "figures", "checkpoints"]
     assert (result["run"], result["scored"], result["kept"]) == (str(tmp_path / "run"), 0, 2)
     assert (result["failures"], result["figures"]) == ({}, [])
     assert [(row["revision"], row["tokens"]) for row in result["checkpoints"]] == [

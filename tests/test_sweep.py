@@ -378,38 +378,6 @@ def test_killed_at_any_moment_and_run_again_gives_the_same_table(loopback_hub, t
     assert not (out / ".fetched").exists()
 
 
-@pytest.mark.parametrize("moment", ["scoring", "downloading", "waiting to try again"])
-def test_an_interrupt_stops_cleanly_at_once(loopback_hub, tiny_run, tmp_path, no_figures, sweeps, moment):
-    hub = loopback_hub
-    hub.add_repo("me/model", revisions=branches(tiny_run))
-    third = f"*/{hub.commit('me/model', 'step2')}/model.safetensors"
-    if moment == "downloading":
-        hub.fault(third, method="GET", bytes_per_second=5000)
-    elif moment == "waiting to try again":
-        hub.fault(third, method="GET", status=429, retry_after=200)
-    out, told = tmp_path / "run", tmp_path / "told"
-    ids = token_file(tmp_path / "ids.npy")
-    arguments = ["--model", "me/model", "--revisions", "all", "--endpoint", hub.url, "--out", str(out)]
-    pid = sweeps.start(*arguments, "--calibration", ids, *SHAPE, told=told)
-    deadline = time.monotonic() + 20
-    awaited = "[1/5]" if moment == "scoring" else "[2/5]"
-    while not (told.exists() and awaited in told.read_text()) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    if moment != "scoring":
-        time.sleep(0.3)
-    started = time.monotonic()
-    os.kill(pid, signal.SIGINT)
-    assert sweeps.wait(pid) == 130, told.read_text()
-    assert time.monotonic() - started < 8
-    assert "trace: interrupted; what was finished is stored" in told.read_text()
-    assert "Traceback" not in told.read_text()
-    assert not leftovers(out)
-    assert 1 <= len(list((out / "scores").iterdir())) < len(STEPS)
-    hub.faults.clear()
-    assert sweeps.wait(sweeps.start(*arguments, "--calibration", ids, *SHAPE, told=told)) == 0
-    assert rt.read_scores(out)["step"].unique().sort().to_list() == list(STEPS)
-
-
 def test_two_processes_on_one_run(loopback_hub, tiny_run, tmp_path, no_figures, sweeps):
     """They start together on a new folder; a third has another calibration, which stays on record."""
     hub = loopback_hub
