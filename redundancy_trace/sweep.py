@@ -1,6 +1,7 @@
 """The order of the work: list → fetch → score → store → draw. The only module that knows it."""
 
 import json
+import re
 import time
 import traceback
 from collections.abc import Callable
@@ -315,7 +316,7 @@ def _calibrate(settings: TraceSettings, listing: Listing, run: "Run") -> "tuple[
         candidates = [TokenizerSource(place) for place in places]
     else:
         candidates = [TokenizerSource(listing.model, c.commit) for c in chosen[-1:] if c.commit]
-        candidates.append(TokenizerSource(listing.model))
+        candidates += [TokenizerSource(place) for place in dict.fromkeys((listing.model, _final_model(listing.model)))]
     calibration = load_calibration(
         name,
         samples=settings.samples,
@@ -336,6 +337,11 @@ def _calibrate(settings: TraceSettings, listing: Listing, run: "Run") -> "tuple[
     file = "token_ids.npy" if not run.calibrations else f"token_ids-{calibration.sha256[:12]}.npy"
     record = CalibrationRecord(label, calibration.sha256, file)
     return calibration, replace(run, calibrations=(*run.calibrations, record))
+
+
+def _final_model(repo: str) -> str:
+    """The repository of the finished model that one of checkpoints is named after (bloom-7b1-intermediate, say)."""
+    return re.sub(r"(-intermediate)?(-checkpoints)?$", "", repo, flags=re.IGNORECASE)
 
 
 def _calibration_label(run: "Run", calibration: "Calibration") -> str:

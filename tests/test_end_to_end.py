@@ -96,6 +96,19 @@ def test_tags_are_checkpoints_too(loopback_hub, run_folder, undisturbed, tmp_pat
     assert_frame_equal(numbers(scores), numbers(undisturbed))
 
 
+def test_the_tokenizer_may_be_the_finished_models(loopback_hub, run_folder, undisturbed, tmp_path):
+    bare = {}
+    for step in RECIPE.saved:
+        names = ("config.json", "model.safetensors")
+        bare[f"step-{step}"] = {name: run_folder / f"checkpoint-{step}" / name for name in names}
+    loopback_hub.add_repo("me/Small-1B-intermediate-checkpoints", revisions={"main": {"README.md": b""}, **bare})
+    loopback_hub.add_repo("me/Small-1B", revisions={"main": run_folder / "checkpoint-8"})
+    out = tmp_path / "run"
+    arguments = ["--model", "me/Small-1B-intermediate-checkpoints", "--revisions", "all", "--out", str(out), *SMALL]
+    assert cli.run([*arguments, "--endpoint", loopback_hub.url, "--quiet"]) == 0
+    assert_frame_equal(numbers(rt.read_scores(out)), numbers(undisturbed))
+
+
 def test_faults_of_the_server_change_nothing(loopback_hub, run_folder, undisturbed, tmp_path):
     loopback_hub.add_repo("me/model", revisions=as_branches(run_folder))
     loopback_hub.fault("*/refs", status=503, times=2)
