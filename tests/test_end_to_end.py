@@ -441,6 +441,7 @@ def test_a_finished_run_of_154_is_recognised_at_once(run_folder, tmp_path, monke
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_demo(tmp_path):
     """The embedded default: trained unless the cache has it, swept, drawn; the second call finds all of it done."""
     for line in ("[12/12]", "12 of 12 checkpoints are in"):
