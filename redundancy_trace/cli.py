@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
     code = run(sys.argv[1:] if arguments is None else arguments)
     if any(not thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread()):
         # A download that waits for a busy server: what it fetched is deleted, and the interpreter would wait for it.
-        for stream in (sys.stdout, sys.stderr):
+        for stream in filter(None, (sys.stdout, sys.stderr)):
             stream.flush()
         os._exit(code)
     sys.exit(code)
