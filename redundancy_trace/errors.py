@@ -28,3 +28,9 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
         ['step1000', 'step2000']
     """
     return difflib.get_close_matches(name, list(known), n=count, cutoff=0.5)
+
+
+def first_line(error: BaseException | None) -> str:
+    """The first line of the error's text that says something, else the name of its class."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

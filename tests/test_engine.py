@@ -99,15 +99,23 @@ def golden_ids():
     return np.load(GOLDEN / "token_ids.npy")
 
 
+def golden_differences(golden, source, found):
+    """Largest difference of each component's similarities to those of a golden source."""
+    return {
+        (source, component): np.abs(
+            found[component, "cosine_similarity"] - np.array(golden[source][f"{component}_similarity"])
+        ).max()
+        for component in COMPONENTS
+    }
+
+
 @both_engines
 def test_golden_numbers(engine, golden, golden_ids, table):
     scores = score(GOLDEN, engine, golden_ids)
     found = by_metric(scores)
     worst = {}
     for source in ("fp32_eager", "reference_fp64"):
-        for component in COMPONENTS:
-            exact = np.array(golden[source][f"{component}_similarity"])
-            worst[source, component] = np.abs(found[component, "cosine_similarity"] - exact).max()
+        worst |= golden_differences(golden, source, found)
         matrix = golden[source]["block_consecutive_matrix"]
         cells = {(d.layer, d.to_layer): d.value for d in scores.distances if d.metric == "cosine_similarity"}
         exact = {(i, i + g): v for i, row in enumerate(matrix) for g, v in enumerate(row, start=1) if v is not None}
@@ -124,9 +132,7 @@ def test_golden_numbers_in_bfloat16(golden, golden_ids, table):
     found = by_metric(stream)
     worst = {}
     for source in ("bf16_eager", "fp32_eager"):
-        for component in COMPONENTS:
-            exact = np.array(golden[source][f"{component}_similarity"])
-            worst[source, component] = np.abs(found[component, "cosine_similarity"] - exact).max()
+        worst |= golden_differences(golden, source, found)
     table.append("golden bfloat16 " + ", ".join(f"{key} {number:.1e}" for key, number in worst.items()))
     assert max(worst.values()) < 5e-4
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from redundancy_trace.checkpoints import is_local, tokenizer_files
-from redundancy_trace.errors import InputError
+from redundancy_trace.errors import InputError, first_line
 from redundancy_trace.hub import Hub, RepoFile
 
 if TYPE_CHECKING:
@@ -87,8 +87,7 @@ def load_tokenizer(source: TokenizerSource, hub: Hub, *, trust_remote_code: bool
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:  # a broken file raises whatever its parser does
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(f"{source} has a tokenizer that transformers cannot load: {lines[0]}") from error
+        raise InputError(f"{source} has a tokenizer that transformers cannot load: {first_line(error)}") from error
 
 
 def prefix_ids(tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:

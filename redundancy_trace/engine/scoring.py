@@ -79,10 +79,25 @@ def score_checkpoint(
             not even one sequence at a time fits the device.
         InputError: If the token ids do not fit the model.
     """
+
+    def score(size: int) -> ModelScores:
+        if engine == "stream":
+            return score_folder(
+                folder,
+                token_ids,
+                device=device,
+                dtype=dtype,
+                batch_size=size,
+                trust_remote_code=trust_remote_code,
+                on_layer=on_progress,
+            )
+        model = load_whole_model(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+        return score_module(model, token_ids, batch_size=size, on_batch=on_progress)
+
     size = choose_batch_size(batch_size, token_ids.shape[1], len(token_ids))
     while True:
         try:
-            return _score(folder, token_ids, device, dtype, size, engine, trust_remote_code, on_progress)
+            return score(size)
         except torch.OutOfMemoryError as error:
             if size == 1:
                 raise CheckpointError(
@@ -91,27 +106,3 @@ def score_checkpoint(
                 ) from error
             # Halved, not fitted to what is free at the moment: a run repeats.
             size = (size + 1) // 2
-
-
-def _score(
-    folder: Path,
-    token_ids: np.ndarray,
-    device: torch.device,
-    dtype: torch.dtype,
-    size: int,
-    engine: str,
-    trust_remote_code: bool,  # noqa: FBT001 - inside this module
-    on_progress: Callable[[int, int], None] | None,
-) -> ModelScores:
-    if engine == "stream":
-        return score_folder(
-            folder,
-            token_ids,
-            device=device,
-            dtype=dtype,
-            batch_size=size,
-            trust_remote_code=trust_remote_code,
-            on_layer=on_progress,
-        )
-    model = load_whole_model(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    return score_module(model, token_ids, batch_size=size, on_batch=on_progress)

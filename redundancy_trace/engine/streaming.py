@@ -73,9 +73,8 @@ def score_folder(
         ids = torch.as_tensor(token_ids, dtype=torch.long)
         inputs = _load_outside_layers_(empty, layers_name, ids).to(device)
         batches = [inputs[i : i + batch_size] for i in range(0, len(inputs), batch_size)]
-        surroundings = _surroundings(model, layers, inputs[:1, :PROBE_TOKENS])
+        surroundings, probe = _surroundings(model, layers, inputs[:1, :PROBE_TOKENS])
         states, arguments = _embed(surroundings, batches)
-        probe = surroundings.run(inputs[:1, :PROBE_TOKENS]).arguments
 
         values: list[Value] = []
         proven: dict[Hashable, Decomposition] = {}
@@ -85,7 +84,7 @@ def score_folder(
             with _loaded(empty, layers_name, layers, index) as layer:
                 kind = layer_kind(layers, index, model.config)
                 if kind not in proven:
-                    x, given = states[0][:1, :PROBE_TOKENS], probe[index]
+                    x, given = states[0][:1, :PROBE_TOKENS], probe.arguments[index]
                     proven[kind] = prove(layer, index, x, given.args, given.kwargs, model.config)
                 sums = LayerSums(index)
                 _run_layer_(layer, proven[kind], states, arguments, index, sums)
@@ -205,19 +204,19 @@ class _Surroundings:
         return _DryRun(states[0], tuple(recorder.seen for recorder in recorders if recorder.seen is not None), final)
 
 
-def _surroundings(model: Any, layers: nn.ModuleList, ids: Tensor) -> _Surroundings:
-    """Find out by trying whether the model expects tuples of its layers."""
+def _surroundings(model: Any, layers: nn.ModuleList, ids: Tensor) -> tuple[_Surroundings, _DryRun]:
+    """Find out by trying whether the model expects tuples of its layers; also returns the run that went well."""
     failures = []
     for as_tuple in (False, True):
         surroundings = _Surroundings(model, layers, as_tuple)
         try:
-            surroundings.run(ids)
+            dry = surroundings.run(ids)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a model raises that is handed the wrong form
             failures.append(error)
         else:
-            return surroundings
+            return surroundings, dry
     raise CheckpointError(
         f"{type(model).__name__} cannot be run without its layers ({failures[0]}); try --engine whole."
     ) from failures[0]

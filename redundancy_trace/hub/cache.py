@@ -49,10 +49,6 @@ def cached_commit(repo: str, revision: str, kind: RepoKind) -> str:
     for ref in refs:
         if ref.name == revision:
             return ref.commit
-    # Files that were fetched by commit leave no ref; a single commit can only be the one that was asked for.
-    snapshots = [path.name for path in (_folder(repo, kind) / "snapshots").glob("*") if COMMIT.fullmatch(path.name)]
-    if revision == "main" and len(snapshots) == 1:
-        return snapshots[0]
     names = ", ".join(nearest(revision, (ref.name for ref in refs)) or [ref.name for ref in refs[:3]])
     raise InputError(
         f"{repo} has no revision {revision!r} in the Hub cache (there: {names or 'none'}). "

@@ -14,9 +14,9 @@ from threading import Event
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from redundancy_trace.errors import CheckpointError, InputError, TraceError, nearest
+from redundancy_trace.errors import CheckpointError, InputError, TraceError, first_line, nearest
 from redundancy_trace.hub.cache import cached_commit, cached_files, cached_refs, cached_snapshot, record_ref
-from redundancy_trace.hub.failures import explained, first_line, retried
+from redundancy_trace.hub.failures import explained, retried
 from redundancy_trace.hub.progress import Meter
 from redundancy_trace.hub.records import COMMIT, Ref, RefKind, RepoFile, RepoKind
 

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
+from redundancy_trace.errors import first_line
+
 T = TypeVar("T")
 
 RETRY_ATTEMPTS = 6
@@ -145,9 +147,3 @@ def explained(error: BaseException, repo: str, url: str) -> str:
     if isinstance(root, httpx2.TransportError):
         return f"The connection to {url} broke off ({first_line(root)}). Run again: what is finished stays."
     return f"{repo}: {first_line(root)}"
-
-
-def first_line(error: BaseException | None) -> str:
-    """The first line of the error's text that says something, else the name of its class."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from redundancy_trace.errors import CheckpointError
+from redundancy_trace.errors import CheckpointError, first_line
 
 # One format is read, the first that is there: (single file, index of shards).
 _FORMATS = (
@@ -147,9 +147,8 @@ def _open_bin(file: Path) -> dict[str, Tensor]:
             warnings.simplefilter("ignore")  # of pickles in odd forms, which are read or refused all the same
             state = torch.load(file, mmap=zipped, **load)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
-            f"{file} ({file.stat().st_size:,} bytes) cannot be read with torch's safe loader: {first} "
+            f"{file} ({file.stat().st_size:,} bytes) cannot be read with torch's safe loader: {first_line(error)} "
             "It is truncated, or holds more than tensors and is not opened for that reason."
         ) from error
     if not isinstance(state, dict):

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from redundancy_trace.errors import CheckpointError
+from redundancy_trace.errors import CheckpointError, first_line
 from redundancy_trace.weights.files import WeightFiles, open_weights
 
 # Buffers that architectures recompute and that old files still carry.
@@ -42,7 +42,7 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
         with _quiet():
             return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # the library raises many kinds; each means that this config cannot be used
-        raise CheckpointError(f"{file} cannot be used: {_first_line(error)}") from error
+        raise CheckpointError(f"{file} cannot be used: {first_line(error)}") from error
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def build_empty_model(
             model.initialize_weights()
     except Exception as error:  # any failure means that this config makes no causal language model
         raise CheckpointError(
-            f"{folder / 'config.json'} ({type(config).__name__}) makes no causal language model: {_first_line(error)}"
+            f"{folder / 'config.json'} ({type(config).__name__}) makes no causal language model: {first_line(error)}"
         ) from error
     model.eval().requires_grad_(False)
     with _quiet():
@@ -184,7 +184,7 @@ def load_whole_model(folder: Path, *, device: torch.device, dtype: torch.dtype, 
     except Exception as error:
         # Names the tensors that do not fit, where transformers only says that something does not.
         build_empty_model(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-        raise CheckpointError(f"{folder} cannot be loaded: {_first_line(error)}") from error
+        raise CheckpointError(f"{folder} cannot be loaded: {first_line(error)}") from error
     model, info = loaded
     _refuse(folder, _LoadingInfo(**info), missing=info["missing_keys"])
     return model.eval().requires_grad_(False).to(device)
@@ -297,7 +297,3 @@ def _refuse(folder: Path, info: Any, missing: Iterable[str]) -> None:
 def _name_of(model: Any, wanted: Any) -> str:
     """Dotted name of a submodule."""
     return next((name for name, module in model.named_modules() if module is wanted), "")
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
