@@ -77,6 +77,6 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sweeps that draw nothing: drawing takes longer than scoring a model this small."""
-    from redundancy_trace import sweep
+    from redundancy_trace.sweep import running
 
-    monkeypatch.setattr(sweep, "_draw", lambda *_: ())
+    monkeypatch.setattr(running, "_draw", lambda *_: ())

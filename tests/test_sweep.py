@@ -29,7 +29,7 @@ from redundancy_trace.store import read_distances, read_failures, read_run
 def undisturbed(tiny_run, tmp_path_factory):
     """The table of a sweep of the local files that nothing disturbed."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sweep, "_draw", lambda *_: ())
+        patch.setattr(sweep.running, "_draw", lambda *_: ())
         out = tmp_path_factory.mktemp("undisturbed") / "run"
         assert cli.run(["--model", str(tiny_run), "--out", str(out), "--quiet", *PYDOC]) == 0
     return rt.read_scores(out)
@@ -317,7 +317,7 @@ def test_a_fault_of_one_checkpoint_is_its_own(tiny_run, tmp_path, no_figures, mo
         assert word in failure["reason"]
     assert rt.read_scores(tmp_path / "run")["step"].unique().sort().to_list() == [0, 2]
     monkeypatch.undo()
-    monkeypatch.setattr(sweep, "_draw", lambda *_: ())
+    monkeypatch.setattr(sweep.running, "_draw", lambda *_: ())
     assert cli.run(arguments) == 0
     assert not read_failures(tmp_path / "run")
 

@@ -99,13 +99,14 @@ def _serve(run: Path) -> None:
 
     import torch
 
-    from redundancy_trace import cli, sweep
+    from redundancy_trace import cli
     from redundancy_trace.engine import score_checkpoint
     from redundancy_trace.hub import failures
+    from redundancy_trace.sweep import running
 
     torch.set_num_threads(1)  # a fork would lose a pool of threads; those of polars and tokenizers are not begun here
     failures.RETRY_BASE_SECONDS = 0.01
-    sweep._draw = lambda *_: ()
+    running._draw = lambda *_: ()
     cpu, ids = torch.device("cpu"), np.zeros((1, 8), dtype=np.int64)
     score_checkpoint(run / f"checkpoint-{STEPS[-1]}", ids, device=cpu, dtype=torch.float32)  # imports what others need
     answers = os.dup(1)

@@ -28,7 +28,9 @@ class Checkpoint:
         tokens: Tokens seen: as the name says, else steps times the tokens per step that the user gave.
         index: A running number that is neither steps nor tokens.
         path: The folder of a local checkpoint.
-        files: Every file of the commit; None where it was not asked for.
+        repo: Its own repository, where every checkpoint has one; None: that of the listing.
+        subfolder: Its folder in the repository, with `/`; None: the root.
+        files: Every file of the commit, relative to its folder; None where it was not asked for.
         bytes: Size of the weight files of the one format that is used.
         format: `safetensors` or `bin`; None where not asked for, and where there are no weights.
         duplicate_of: Name of the checkpoint whose weights it repeats.
@@ -46,6 +48,8 @@ class Checkpoint:
     tokens: int | None = None
     index: int | None = None
     path: Path | None = None
+    repo: str | None = None
+    subfolder: str | None = None
     files: tuple[RepoFile, ...] | None = None
     bytes: int | None = None
     format: str | None = None

@@ -1,0 +1,63 @@
+"""The token ids of a sweep: where its tokenizer may be, and how the run names them."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from redundancy_trace.checkpoints import Listing
+from redundancy_trace.hub import Hub
+from redundancy_trace.settings import TraceSettings
+
+if TYPE_CHECKING:
+    from redundancy_trace.calibration import Calibration
+    from redundancy_trace.store import Run
+
+DEFAULT_SEQUENCE_LENGTH = 512
+
+
+def calibrate(settings: TraceSettings, listing: Listing, run: "Run", hub: Hub) -> "tuple[Calibration, Run]":
+    """The run's token ids, made or taken up again, and the run with them on record."""
+    from redundancy_trace.calibration import TokenizerSource, load_calibration
+    from redundancy_trace.store import CalibrationRecord
+
+    local = listing.source == "local"
+    name = settings.calibration or ("pydoc" if local or settings.offline else "c4")
+    chosen = listing.chosen
+    if local:
+        folder = Path(settings.model or "").expanduser()
+        places: list[Path | str] = [folder, *(c.path for c in reversed(chosen) if c.path is not None)]
+        candidates = [TokenizerSource(place) for place in places]
+    else:
+        candidates = [TokenizerSource(listing.model, c.commit) for c in chosen[-1:] if c.commit]
+        candidates += [TokenizerSource(place) for place in dict.fromkeys((listing.model, _final_model(listing.model)))]
+    calibration = load_calibration(
+        name,
+        samples=settings.samples,
+        sequence_length=settings.sequence_length or DEFAULT_SEQUENCE_LENGTH,
+        tokenizer=settings.tokenizer,
+        candidates=candidates,
+        hub=hub,
+        run=run.folder,
+        trust_remote_code=settings.trust_remote_code,
+    )
+    if any(record.sha256 == calibration.sha256 for record in run.calibrations):
+        return calibration, run
+    sequences, length = calibration.token_ids.shape
+    label = f"{calibration.name} {sequences}x{length}"
+    taken = {record.label for record in run.calibrations}
+    if label in taken:  # a text file that was changed, say
+        label = f"{label} {calibration.sha256[:8]}"
+    file = "token_ids.npy" if not run.calibrations else f"token_ids-{calibration.sha256[:12]}.npy"
+    record = CalibrationRecord(label, calibration.sha256, file)
+    return calibration, replace(run, calibrations=(*run.calibrations, record))
+
+
+def _final_model(repo: str) -> str:
+    """The repository of the finished model that one of checkpoints is named after (bloom-7b1-intermediate, say)."""
+    return re.sub(r"(-intermediate)?(-checkpoints)?$", "", repo, flags=re.IGNORECASE)
+
+
+def calibration_label(run: "Run", calibration: "Calibration") -> str:
+    """What the rows of this calibration are called in the run."""
+    return next(record.label for record in run.calibrations if record.sha256 == calibration.sha256)

@@ -1,0 +1,119 @@
+"""The sweep, and the scores of one model, as functions for Python and Jupyter."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from redundancy_trace.errors import CheckpointError, InputError, nearest
+from redundancy_trace.progress import reporting
+from redundancy_trace.settings import TraceSettings
+from redundancy_trace.sweep.running import failure_summary, run_sweep
+
+if TYPE_CHECKING:
+    import numpy as np
+    import polars as pl
+
+
+def trace(**settings: Any) -> "pl.DataFrame":
+    """Sweep the checkpoints of a model and return their scores: what `trace` does on the command line.
+
+    Args:
+        **settings: The fields of `redundancy_trace.settings.TraceSettings`: `model` (Hub repository or folder),
+            `revisions` ("log:20"), `out` (run folder), `calibration`, `samples`, `sequence_length`, `device`, `dtype`,
+            `engine` and so on. `demo=True` needs no model and no network.
+
+    Returns:
+        All scores of the run, as `read_scores` gives them. Checkpoints that could not be scored are told on stderr
+        and noted in the run's `failures/`.
+
+    Raises:
+        InputError: If the input cannot be used.
+        CheckpointError: If no checkpoint could be scored.
+
+    Example:
+        >>> scores = trace(model="EleutherAI/pythia-160m", revisions="log:20")  # doctest: +SKIP
+    """
+    from redundancy_trace.store import read_scores
+
+    chosen = settings_from(settings)
+    with reporting(quiet=chosen.quiet) as reporter:
+        result = run_sweep(chosen, reporter)
+    if not result.scored and not result.kept:
+        raise CheckpointError(failure_summary(result))
+    return read_scores(result.folder)
+
+
+def settings_from(fields: dict[str, Any]) -> TraceSettings:
+    """Settings from keyword arguments; an unknown one is an `InputError` that names the nearest."""
+    known = TraceSettings.__dataclass_fields__
+    for name in fields:
+        if name not in known:
+            near = nearest(name, known, count=1)
+            hint = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(known)}."
+            raise InputError(f"There is no setting {name!r}. {hint}")
+    if isinstance(fields.get("out"), str):
+        fields = {**fields, "out": Path(fields["out"])}
+    if isinstance(fields.get("model"), Path):
+        fields = {**fields, "model": str(fields["model"])}
+    return TraceSettings(**fields)
+
+
+def score_model(
+    model: Any,
+    token_ids: "np.ndarray | Any",
+    *,
+    batch_size: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    engine: str = "stream",
+    trust_remote_code: bool = False,
+) -> "pl.DataFrame":
+    """Score one model on given token ids; no Hub, no run folder.
+
+    Args:
+        model: A checkpoint folder (config.json and weights), or a causal language model of transformers, which is
+            hooked where it is, in its own dtype.
+        token_ids: Calibration, shape (N, T), integers; a numpy array, a torch tensor or nested lists.
+        batch_size: Sequences a forward; None = about 4096 tokens.
+        device: For a folder: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`.
+        dtype: For a folder: `auto`, `float32`, `bfloat16`.
+        engine: For a folder: `stream` or `whole`.
+        trust_remote_code: Whether model code in the folder may be run.
+
+    Returns:
+        One row a value, with the columns of `read_scores`; what is unknown of a single model is null.
+
+    Raises:
+        InputError: If the ids do not fit the model, or the folder is none.
+        CheckpointError: If the model cannot be scored: incomplete weights, failed proof, a state not finite.
+    """
+    import numpy as np
+
+    from redundancy_trace import engine as engines
+    from redundancy_trace.store import Labels, scores_frame
+
+    ids = np.asarray(token_ids.cpu() if hasattr(token_ids, "cpu") else token_ids)
+    if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer) or ids.shape[0] < 1 or ids.shape[1] < 2:
+        raise InputError(
+            f"token_ids has shape {ids.shape} and dtype {ids.dtype}; integers of shape (N, T >= 2) are needed."
+        )
+    if isinstance(model, (str, Path)):
+        folder = Path(model).expanduser()
+        if not folder.is_dir():
+            raise InputError(f"{folder} is no folder; score_model takes a checkpoint folder or a loaded model.")
+        at = engines.choose_device(device)
+        settings = TraceSettings(model=str(model), dtype=dtype, engine=engine)  # refuses unknown names
+        scores = engines.score_checkpoint(
+            folder,
+            ids,
+            device=at,
+            dtype=engines.choose_dtype(settings.dtype, at),
+            batch_size=batch_size,
+            engine=engine,
+            trust_remote_code=trust_remote_code,
+        )
+        name = folder.resolve().name
+    else:
+        size = engines.choose_batch_size(batch_size, ids.shape[1], len(ids))
+        scores = engines.score_module(model, ids, batch_size=size)
+        name = type(model).__name__
+    return scores_frame(Labels(model=name, revision=name), scores.values)

@@ -1,0 +1,151 @@
+"""Fetching and scoring: one checkpoint is scored while the next is being fetched."""
+
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Event
+from typing import TYPE_CHECKING
+
+from redundancy_trace.checkpoints import Listing
+from redundancy_trace.errors import InputError, TraceError
+from redundancy_trace.fetching import Fetched, abandon, discard, fetch
+from redundancy_trace.hub import Hub
+from redundancy_trace.progress import Reporter
+from redundancy_trace.settings import TraceSettings
+from redundancy_trace.sweep.tasks import Task
+
+if TYPE_CHECKING:
+    from redundancy_trace.calibration import Calibration
+    from redundancy_trace.store import Run
+
+_PATIENCE_SECONDS = 2.0
+
+
+def score_all(
+    settings: TraceSettings,
+    listing: Listing,
+    run: "Run",
+    calibration: "Calibration",
+    tasks: list[Task],
+    hub: Hub,
+    reporter: Reporter,
+    *,
+    any_stored: bool,
+) -> tuple[int, dict[str, str]]:
+    """Score the tasks in order, the next one being fetched meanwhile; returns how many, and the failures."""
+    import torch
+
+    from redundancy_trace import store
+    from redundancy_trace.engine import choose_device, score_checkpoint
+
+    device = choose_device(settings.device)
+    scored, failures = 0, {}
+    with _fetching(settings, listing, run.folder, hub, reporter) as begin:
+        ahead = begin(tasks[0])
+        for number, task in enumerate(tasks):
+            name = task.checkpoint.name
+            started = time.monotonic()
+            fetched: Fetched | None = None
+            try:
+                fetched = _awaited(ahead)
+                if number + 1 < len(tasks):
+                    ahead = begin(tasks[number + 1])
+                reporter.scoring(name)
+                scores = score_checkpoint(
+                    fetched.folder,
+                    calibration.token_ids,
+                    device=device,
+                    dtype=getattr(torch, run.dtype),
+                    batch_size=settings.batch_size,
+                    engine=settings.engine,
+                    trust_remote_code=settings.trust_remote_code,
+                    on_progress=reporter.step,
+                )
+            except Exception as error:
+                # Input that fits none is told at once; what others bore is a fault of this one, and they go on.
+                if isinstance(error, InputError) and not (scored or any_stored):
+                    raise
+                reason = _reason(error)
+                failures[name] = reason
+                store.write_failure(run.folder, task.labels, reason)
+                reporter.finished(f"{name}: not scored: {reason}")
+                if fetched is None and number + 1 < len(tasks):
+                    ahead = begin(tasks[number + 1])
+                continue
+            finally:
+                if fetched is not None and not settings.keep:
+                    discard(fetched)
+            store.write_part(run.folder, task.labels, scores)
+            scored += 1
+            reporter.finished(f"{name} scored in {time.monotonic() - started:.1f} s")
+    return scored, failures
+
+
+def _awaited(future: "Future[Fetched]") -> Fetched:
+    """The result, waited for in short turns: once polars has run, a signal no longer ends the wait for a lock."""
+    while not wait([future], timeout=0.2).done:
+        pass
+    return future.result()
+
+
+@contextmanager
+def _fetching(
+    settings: TraceSettings, listing: Listing, folder: Path, hub: Hub, reporter: Reporter
+) -> Iterator[Callable[[Task], Future[Fetched]]]:
+    """A thread that fetches one checkpoint at a time; when the sweep ends early, its files are deleted at once."""
+    started: list[tuple[Task, Future[Fetched], Event]] = []
+
+    def place(task: Task) -> Path:
+        return folder / ".fetched" / (task.labels.commit or "")
+
+    def work(task: Task, stopped: Event) -> Fetched:
+        reporter.fetching(task.checkpoint.name, task.checkpoint.bytes if task.checkpoint.path is None else None)
+        return fetch(listing.model, task.checkpoint, hub, place(task), reporter.moved, stopped)
+
+    def begin(task: Task) -> "Future[Fetched]":
+        stopped = Event()
+        future = pool.submit(work, task, stopped)
+        started.append((task, future, stopped))
+        return future
+
+    pool = ThreadPoolExecutor(1, "fetching")
+    try:
+        yield begin
+    except BaseException:
+        for _, _, stopped in started:
+            stopped.set()
+        pool.shutdown(wait=False, cancel_futures=True)
+        # A download ends at its next chunk; one that waits for a busy server is not waited for.
+        wait([future for _, future, _ in started], timeout=_PATIENCE_SECONDS)
+        for task, future, _ in started:
+            if not settings.keep or not future.done():
+                abandon(place(task))
+        raise
+    else:
+        pool.shutdown()
+    finally:
+        _remove_if_empty(folder / ".fetched")
+
+
+def _remove_if_empty(folder: Path) -> None:
+    try:
+        folder.rmdir()
+    except OSError:
+        return  # another process fetches there, or it was never made
+
+
+def _reason(error: Exception) -> str:
+    """Why a checkpoint has no scores; of a fault that nobody foresaw, what it was and where."""
+    if isinstance(error, TraceError):
+        return str(error)
+    lines = str(error).strip().splitlines()
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    told = (
+        f"{type(error).__name__}{f': {lines[0]}' if lines else ''} (in {place.name}, {place.filename}:{place.lineno})"
+    )
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        told += ". Not even one sequence fits: try a shorter --sequence-length, --engine stream, or --device cpu"
+    return told
