@@ -87,7 +87,9 @@ def _sweep(ctx: typer.Context, **options: Any) -> int | None:
     settings = TraceSettings(**options)
     with reporting(quiet=settings.quiet) as reporter:
         result = run_sweep(settings, reporter)
-    if settings.json:
+    if settings.dry_run:
+        typer.echo(json.dumps(_plan_as_json(result), indent=1) if settings.json else result.plan.told())
+    elif settings.json:
         typer.echo(json.dumps(_result_as_json(result), indent=1))
     elif result.scored or result.kept:
         _print_result(result)
@@ -186,6 +188,20 @@ def _result_as_json(result: "SweepResult") -> dict[str, Any]:
         "failures": result.failures,
         "figures": [str(path) for path in result.figures],
         "checkpoints": _summary(result).to_dicts() if result.scored or result.kept else [],
+    }
+
+
+def _plan_as_json(result: "SweepResult") -> dict[str, Any]:
+    plan = result.plan
+    return {
+        "run": str(result.folder),
+        "checkpoints": plan.checkpoints,
+        "stored": plan.stored,
+        "bytes_to_move": plan.bytes_to_move,
+        "bytes_on_disk": plan.bytes_on_disk,
+        "bytes_per_second": plan.bytes_per_second,
+        "seconds": plan.seconds,
+        "chosen": [checkpoint.name for checkpoint in result.listing.chosen],
     }
 
 

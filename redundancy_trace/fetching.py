@@ -9,10 +9,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Event
+from typing import Literal
 
 from redundancy_trace.checkpoints import Checkpoint, needed_files, weight_files
 from redundancy_trace.errors import CheckpointError, InputError
-from redundancy_trace.hub import Hub, RepoFile, Stopped, may_pass
+from redundancy_trace.hub import Hub, RemoteFolder, RepoFile, Stopped, may_pass
 
 _TURN_SECONDS = 0.2
 
@@ -25,13 +26,19 @@ class Fetched:
         folder: Holds its config and weights.
         temporary: Whether it was fetched for this run and may be deleted; never the user's own files.
         bytes_moved: Bytes that came over the network for it.
+        remote: The weight files on their server, where they are read piece by piece and never stored.
     """
 
     folder: Path
     temporary: bool
     bytes_moved: int
+    remote: RemoteFolder | None = None
     _claim: "_Claim | None" = field(default=None, repr=False, compare=False)
     _room: "Room | None" = field(default=None, repr=False, compare=False)
+
+
+class NoRoom(CheckpointError):
+    """A checkpoint does not fit the disk, or its share of it."""
 
 
 class Room:
@@ -48,14 +55,14 @@ class Room:
         """Reserve room for a checkpoint of `total` bytes, of which `present` are there, before the first is moved.
 
         Raises:
-            CheckpointError: It does not fit, and nothing is about to be deleted.
+            NoRoom: It does not fit, and nothing is about to be deleted.
         """
         with self._changed:
             while (reason := self._lacking(folder, total, present, name)) is not None:
                 if not self._held:
-                    raise CheckpointError(reason)
+                    raise NoRoom(reason)
                 if stopped is not None and stopped.is_set():
-                    raise CheckpointError(f"{name} was not fetched: the sweep ended.")
+                    raise Stopped
                 self._changed.wait(_TURN_SECONDS)
             self._held[folder] = total
 
@@ -89,6 +96,7 @@ def fetch(
     on_bytes: Callable[[int], None] | None = None,
     stopped: Event | None = None,
     room: Room | None = None,
+    how: Literal["auto", "file", "stream"] = "file",
 ) -> Fetched:
     """Bring a checkpoint's config and weights to this machine, unless they are here.
 
@@ -102,6 +110,8 @@ def fetch(
             it raises ends the download.
         stopped: Once set (by another thread), the download ends soon.
         room: Where room on the disk is reserved; None = as much as is free.
+        how: `stream` fetches the config alone and leaves the weights to be read from the server; `auto` does so where
+            they do not fit the disk.
 
     Raises:
         CheckpointError: There are no weights, a file cannot be had, or there is no space. What has arrived stays to be
@@ -138,8 +148,19 @@ def fetch(
     except OSError as error:
         raise CheckpointError(f"{checkpoint.name} cannot be stored: {error}.") from error
     fetched = Fetched(claim.folder / below, temporary=True, bytes_moved=0, _claim=claim, _room=room)
+    remote: RemoteFolder | None = None
     try:
-        room.reserve(claim.folder, _size(files), _present(claim.folder, files), checkpoint.name, stopped)
+        if how != "stream":
+            try:
+                room.reserve(claim.folder, _size(files), _present(claim.folder, files), checkpoint.name, stopped)
+            except NoRoom:
+                if how == "file":
+                    raise
+                how = "stream"
+        if how == "stream":
+            weights = [file for file in files if file.path.endswith((".safetensors", ".bin"))]
+            files = tuple(file for file in files if file not in weights)
+            remote = hub.remote_folder(repo, commit, weights, on_bytes, stopped)
         hub.download(repo, commit, files, claim.folder, count, stopped)
     except BaseException as error:
         full = _is_full(error) or _is_full(error.__cause__)
@@ -148,7 +169,7 @@ def fetch(
         if full or isinstance(error, OSError):
             raise _disk_error(error, claim.folder, files, checkpoint.name) from error
         raise
-    return replace(fetched, bytes_moved=moved)
+    return replace(fetched, bytes_moved=moved, remote=remote)
 
 
 def discard(fetched: Fetched) -> None:

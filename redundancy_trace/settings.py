@@ -1,5 +1,6 @@
 """Every option of a sweep, once: the command line, the Python call and the identity of a row all read this table."""
 
+import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from redundancy_trace.errors import InputError
 
 ENGINES = ("stream", "whole")
+FETCHES = ("auto", "file", "stream")
 DTYPES = ("auto", "float32", "bfloat16")
 
 
@@ -55,6 +57,17 @@ class TraceSettings:
     engine: str = _option(
         "stream", "stream (layer by layer, constant memory) or whole (the model at once).", identity=False
     )
+    fetch: str = _option(
+        "auto",
+        "file (whole files, deleted once scored), stream (layers go from the server into the engine, no disk) or auto "
+        "(files, streamed where they do not fit the disk).",
+        identity=False,
+    )
+    disk_budget: str | None = _option(
+        None,
+        "Most that downloads may take of the disk at a time, such as 100GB [default: what is free].",
+        identity=False,
+    )
     keep: bool = _option(False, "Keep downloaded weights in the run folder.", identity=False)
     tokens_per_step: int | None = _option(
         None, "Tokens in one optimizer step, for a tokens axis where names carry none.", identity=False
@@ -62,6 +75,12 @@ class TraceSettings:
     trust_remote_code: bool = _option(False, "Run model code from the repository, pinned to the commit.", identity=True)
     endpoint: str | None = _option(None, "Hub endpoint [default: HF_ENDPOINT].", identity=False)
     offline: bool = _option(False, "No network: local folders and the Hub cache only.", identity=False)
+    dry_run: bool = _option(
+        False,
+        "Only tell what would be fetched and scored, how many bytes and how long; nothing is written.",
+        identity=False,
+    )
+    yes: bool = _option(False, "Go on although very many bytes are to be moved.", identity=False)
     json: bool = _option(False, "Print the result as JSON.", identity=False)
     quiet: bool = _option(False, "No progress, only the result.", identity=False)
 
@@ -75,15 +94,39 @@ class TraceSettings:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise InputError(f"{flag_of(name)} is {value}; it must be at least {least}.")
-        for name, known in (("engine", ENGINES), ("dtype", DTYPES)):
+        for name, known in (("engine", ENGINES), ("dtype", DTYPES), ("fetch", FETCHES)):
             if getattr(self, name) not in known:
                 raise InputError(f"{flag_of(name)} is {getattr(self, name)!r}; known: {', '.join(known)}.")
+        if self.fetch == "stream" and self.engine == "whole":
+            raise InputError("--engine whole needs the files; leave out --fetch stream, or use --engine stream.")
+        if self.fetch == "stream" and self.keep:
+            raise InputError("--fetch stream stores no weights, so there is nothing to --keep; leave out one of them.")
+        if self.disk_budget is not None:
+            parse_bytes(self.disk_budget)
         if self.model is None and not self.demo:
             raise InputError(
                 "No model is named. Try trace --model EleutherAI/pythia-70m, or trace --demo without a network."
             )
         if self.model is not None and self.demo:
             raise InputError("--demo trains its own model; leave out --model or --demo.")
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes as people write them.
+
+    Raises:
+        InputError: It is no number of bytes, or none at all.
+
+    Example:
+        >>> parse_bytes("1.5TB"), parse_bytes("100 GiB")
+        (1500000000000, 107374182400)
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), flags=re.IGNORECASE)
+    if match is None or float(match[1]) == 0:
+        raise InputError(f"{text!r} is no number of bytes; write it like 100GB, 1.5TB or 500MB.")
+    base = 1024 if match[3] else 1000
+    power = " KMGT".index(match[2].upper() or " ")
+    return round(float(match[1]) * float(base**power))
 
 
 def flag_of(name: str) -> str:

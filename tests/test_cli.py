@@ -159,7 +159,8 @@ def test_results_go_to_stdout_and_everything_else_to_stderr(tiny_run, tmp_path, 
     arguments = ["--model", str(tiny_run), "--revisions", "log:2", "--out", str(tmp_path / "run"), *PYDOC]
     assert cli.run(arguments) == 0
     told = capfd.readouterr()
-    assert re.match(r"\[1/2\] checkpoint-0 scored in .* s\n\[2/2\] checkpoint-8 scored in .* s\n$", told.err)
+    assert told.err.startswith("2 checkpoints, no bytes to move.\n")
+    assert re.search(r"\n\[1/2\] checkpoint-0 scored in .* s\n\[2/2\] checkpoint-8 scored in .* s\n$", told.err)
     head, columns, *rows = told.out.splitlines()
     assert head.endswith("over all layers (0 = redundant), loss in nats per token, on pydoc 4x32:")
     assert columns.split() == ["checkpoint", "step", "attn", "mlp", "block", "loss"]
@@ -183,7 +184,7 @@ def test_of_many_checkpoints_some_are_shown(tmp_path, capsys):
     from redundancy_trace.sweep import SweepResult
 
     stored_run(tmp_path, range(50))
-    cli._print_result(SweepResult(tmp_path, 50, 0, {}, (), "pydoc 4x8"))
+    cli._print_result(SweepResult(tmp_path, 50, 0, {}, (), "pydoc 4x8", None, None))
     _, _, *rows, last = capsys.readouterr().out.splitlines()
     assert len(rows) == 24
     assert (rows[0].split()[0], rows[-1].split()[0]) == ("step0", "step49")

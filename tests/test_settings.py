@@ -14,6 +14,8 @@ FIELDS = dataclasses.fields(TraceSettings)
 # Settings that take neither any word nor nothing.
 GIVEN = {
     "engine": "whole",
+    "fetch": "file",
+    "disk_budget": "100GB",
     "dtype": "bfloat16",
     "samples": 7,
     "sequence_length": 7,

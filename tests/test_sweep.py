@@ -161,7 +161,7 @@ def test_a_branch_that_moved_is_scored_again_and_read_at_its_present_commit(
 def test_nothing_is_scored_twice(tiny_run, tmp_path, no_figures, scored):
     arguments = ["--model", str(tiny_run), "--out", str(tmp_path / "run"), "--quiet", *PYDOC]
     assert cli.run([*arguments, "--revisions", "0..2"]) == 0
-    assert scored == ["checkpoint-0", "checkpoint-1", "checkpoint-2"]
+    assert scored == ["checkpoint-0", "checkpoint-2", "checkpoint-1"], "endpoints first"
     assert cli.run([*arguments, "--revisions", "checkpoint-8,checkpoint-1"]) == 0
     assert cli.run([*arguments, "--revisions", "all", "--device", "cpu", "--dtype", "float32"]) == 0
     assert cli.run([*arguments, "--revisions", "all", "--engine", "whole", "--batch-size", "2", "--keep"]) == 0
@@ -323,7 +323,8 @@ def test_a_fault_of_one_checkpoint_is_its_own(tiny_run, tmp_path, no_figures, mo
 
 
 def test_many_failures_are_told_in_a_few_lines(tmp_path):
-    result = sweep.SweepResult(tmp_path, 1, 2, {f"step{n}": "truncated" for n in range(154)}, (), "pydoc 4x8")
+    failures = {f"step{n}": "truncated" for n in range(154)}
+    result = sweep.SweepResult(tmp_path, 1, 2, failures, (), "pydoc 4x8", None, None)
     lines = sweep.failure_summary(result).splitlines()
     assert lines[0].startswith("154 of 157 checkpoints")
     assert len(lines) == 22
@@ -411,11 +412,12 @@ def test_a_full_disk(loopback_hub, tiny_run, tmp_path, no_figures, capsys):
         pytest.skip("no file system can be mounted here")
     try:
         loopback_hub.add_repo("me/model", revisions=branches(tiny_run))
-        code = sweep_hub(loopback_hub, disk / "run", "--quiet", "--revisions", "step8", *PYDOC)
+        code = sweep_hub(loopback_hub, disk / "run", "--quiet", "--revisions", "step8", *PYDOC, "--fetch", "file")
         told = capsys.readouterr().err
         assert code == 1
         assert re.search(r"step8: No space for step8: it needs [\d,]+ bytes, [\d,]+ are free at .*--out", told)
         assert not leftovers(disk / "run")
         assert not list(Path(disk).rglob("*.parquet"))
+        assert sweep_hub(loopback_hub, disk / "run", "--quiet", "--revisions", "step8", *PYDOC) == 0, "it is streamed"
     finally:
         subprocess.run(["umount", str(disk)], check=True)

@@ -14,6 +14,7 @@ from redundancy_trace.checkpoints.listing import (
 )
 from redundancy_trace.checkpoints.local import FileKey, is_local, local_commit
 from redundancy_trace.checkpoints.names import ParsedName, parse_name
+from redundancy_trace.checkpoints.ordering import endpoints_first
 from redundancy_trace.checkpoints.records import Checkpoint, CheckpointKind, Listing
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "FileKey",
     "Listing",
     "ParsedName",
+    "endpoints_first",
     "is_local",
     "list_checkpoints",
     "listing_from_json",

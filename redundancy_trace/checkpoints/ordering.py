@@ -69,6 +69,23 @@ def training_positions(checkpoints: Sequence[Checkpoint]) -> list[int]:
     return positions
 
 
+def endpoints_first(count: int) -> list[int]:
+    """An order in which any beginning is spread over the whole: the first, the last, then the middle of each gap.
+
+    Example:
+        >>> endpoints_first(7)
+        [0, 6, 3, 1, 4, 2, 5]
+    """
+    order = [0, count - 1] if count > 1 else list(range(count))
+    gaps = [(0, count - 1)]
+    for left, right in gaps:  # grows while it is read
+        if right - left > 1:
+            middle = (left + right) // 2
+            order.append(middle)
+            gaps += [(left, middle), (middle, right)]
+    return order
+
+
 def _training_key(checkpoint: Checkpoint) -> tuple[object, ...]:
     unit = unit_of(checkpoint)
     return (

@@ -10,7 +10,7 @@ from redundancy_trace.engine.streaming import score_folder
 from redundancy_trace.engine.whole import score_module
 from redundancy_trace.errors import CheckpointError, InputError
 from redundancy_trace.metrics import ModelScores
-from redundancy_trace.weights import load_whole_model
+from redundancy_trace.weights import WeightFiles, load_whole_model
 
 # Tokens in one forward: enough to keep a matrix product busy, small beside the weights.
 _BATCH_TOKENS = 4096
@@ -61,6 +61,7 @@ def score_checkpoint(
     engine: str = "stream",
     trust_remote_code: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
+    weights: WeightFiles | None = None,
 ) -> ModelScores:
     """Score a checkpoint folder (config.json and weights) with one of the two engines.
 
@@ -73,6 +74,7 @@ def score_checkpoint(
         engine: `stream` or `whole`.
         trust_remote_code: Whether model code in the folder may be run.
         on_progress: Called with (done, in all): layers of `stream`, batches of `whole`.
+        weights: The weights, where they are not in the folder; for `stream` alone.
 
     Raises:
         CheckpointError: If this checkpoint cannot be scored: incomplete weights, failed proof, a state not finite, or
@@ -90,6 +92,7 @@ def score_checkpoint(
                 batch_size=size,
                 trust_remote_code=trust_remote_code,
                 on_layer=on_progress,
+                weights=weights,
             )
         model = load_whole_model(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
         return score_module(model, token_ids, batch_size=size, on_batch=on_progress)

@@ -1,6 +1,7 @@
 """The streaming engine: layer by layer in one pass, in memory that does not grow with depth."""
 
 from collections.abc import Callable, Hashable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ from redundancy_trace.engine.sums import (
 )
 from redundancy_trace.errors import CheckpointError
 from redundancy_trace.metrics import ModelScores, Value
-from redundancy_trace.weights import EmptyModel, build_empty_model, release_
+from redundancy_trace.weights import EmptyModel, WeightFiles, build_empty_model, release_
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ def score_folder(
     batch_size: int,
     trust_remote_code: bool = False,
     on_layer: Callable[[int, int], None] | None = None,
+    weights: WeightFiles | None = None,
 ) -> ModelScores:
     """Score a checkpoint folder layer by layer.
 
@@ -60,16 +62,17 @@ def score_folder(
         batch_size: Sequences a forward.
         trust_remote_code: Whether model code in the folder may be run.
         on_layer: Called with (layers done, layers in all).
+        weights: The weights, where they are not in the folder.
 
     Raises:
         CheckpointError: If weights are incomplete, the proof fails, or a state is not finite.
         InputError: If the token ids do not fit the model.
     """
-    empty = build_empty_model(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    empty = build_empty_model(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code, weights=weights)
     model = empty.model
     layers_name, layers = find_layers(model)
     check_calibration(token_ids, model)
-    with torch.no_grad():
+    with torch.no_grad(), _reading_ahead(empty, layers_name, len(layers)) as layer_tensors:
         ids = torch.as_tensor(token_ids, dtype=torch.long)
         inputs = _load_outside_layers_(empty, layers_name, ids).to(device)
         batches = [inputs[i : i + batch_size] for i in range(0, len(inputs), batch_size)]
@@ -81,7 +84,7 @@ def score_folder(
         distances = DistanceSums(distance_sequences(*token_ids.shape, width=states[0].shape[-1], n_layers=len(layers)))
         _add_state(distances, states)
         for index in range(len(layers)):
-            with _loaded(empty, layers_name, layers, index) as layer:
+            with _loaded(empty, layers[index], layer_tensors(index)) as layer:
                 kind = layer_kind(layers, index, model.config)
                 if kind not in proven:
                     x, given = states[0][:1, :PROBE_TOKENS], probe.arguments[index]
@@ -247,13 +250,33 @@ def _embed(
 
 
 @contextmanager
-def _loaded(empty: EmptyModel, layers_name: str, layers: nn.ModuleList, index: int) -> Iterator[nn.Module]:
-    """One layer with its weights, which are let go at the end."""
-    empty.load_(empty.stored_names(f"{layers_name}.{index}"))
+def _reading_ahead(empty: EmptyModel, layers_name: str, count: int) -> Iterator[Callable[[int], dict[str, Tensor]]]:
+    """The stored tensors of each layer, asked for in turn; the next layer's are read while one is at work."""
+    names = [empty.stored_names(f"{layers_name}.{index}") for index in range(count)]
+    pool = ThreadPoolExecutor(1, "reading-ahead")
+    ahead = {0: pool.submit(empty.weights.read, names[0])}
+
+    def take(index: int) -> dict[str, Tensor]:
+        tensors = ahead.pop(index).result()
+        if index + 1 < count:
+            ahead[index + 1] = pool.submit(empty.weights.read, names[index + 1])
+        return tensors
+
     try:
-        yield layers[index]
+        yield take
     finally:
-        release_(layers[index])
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+@contextmanager
+def _loaded(empty: EmptyModel, layer: nn.Module, tensors: dict[str, Tensor]) -> Iterator[nn.Module]:
+    """One layer with its weights, which are let go at the end."""
+    empty.load_(tensors, tensors)
+    tensors.clear()
+    try:
+        yield layer
+    finally:
+        release_(layer)
 
 
 def _run_layer_(

@@ -20,6 +20,7 @@ from redundancy_trace.hub.failures import explained, retried
 from redundancy_trace.hub.progress import Meter
 from redundancy_trace.hub.ranges import REQUEST_TIMEOUT_SECONDS, RemoteFile, WrongContent, WrongLength
 from redundancy_trace.hub.rate import allowance, observe
+from redundancy_trace.hub.reading import RemoteFolder
 from redundancy_trace.hub.records import COMMIT, Ref, RefKind, RepoFile, RepoKind
 from redundancy_trace.hub.transfer import download_files
 
@@ -152,6 +153,23 @@ class Hub:
         prefix = "datasets/" if kind == "dataset" else ""
         address = f"{self.url}/{prefix}{_checked(repo)}/resolve/{commit}/{quote(file.path)}"
         return RemoteFile(self.url, address, file.size, self.token)
+
+    def remote_folder(
+        self,
+        repo: str,
+        commit: str,
+        files: Sequence[RepoFile],
+        on_bytes: Callable[[int], None] | None = None,
+        stopped: Event | None = None,
+    ) -> RemoteFolder:
+        """Files of a commit to be read by spans of bytes; arguments as for `download`, nothing is asked for yet."""
+
+        def told(call: Callable[[], None]) -> None:
+            with self._told(CheckpointError, repo, commit):
+                call()
+
+        remotes = {file.path: self.remote_file(repo, commit, file) for file in files}
+        return RemoteFolder(remotes, Meter(on_bytes, stopped), told)
 
     def dataset_files(self, repo: str, revision: str = "main") -> tuple[RepoFile, ...]:
         """All files of a dataset repository at a revision.

@@ -1,7 +1,7 @@
 """The sweep over a model's checkpoints. The only part that knows the order of the work.
 
-`running` goes from list to figures; `calibrating` finds the run's token ids, `tasks` what is left to do, `pipeline`
-fetches and scores it; `calls` are the same from Python.
+`running` goes from list to figures; `planning` tells what it takes, `calibrating` finds the run's token ids, `tasks`
+what is left to do, `pipeline` fetches and scores it; `calls` are the same from Python.
 """
 
 from redundancy_trace.sweep.calls import score_model, settings_from, trace

@@ -22,7 +22,7 @@ def calibrate(settings: TraceSettings, listing: Listing, run: "Run", hub: Hub) -
     from redundancy_trace.store import CalibrationRecord
 
     local = listing.source == "local"
-    name = settings.calibration or ("pydoc" if local or settings.offline else "c4")
+    name = _name(settings, listing)
     chosen = listing.chosen
     if local:
         folder = Path(settings.model or "").expanduser()
@@ -51,6 +51,16 @@ def calibrate(settings: TraceSettings, listing: Listing, run: "Run", hub: Hub) -
     file = "token_ids.npy" if not run.calibrations else f"token_ids-{calibration.sha256[:12]}.npy"
     record = CalibrationRecord(label, calibration.sha256, file)
     return calibration, replace(run, calibrations=(*run.calibrations, record))
+
+
+def label_asked_for(settings: TraceSettings, listing: Listing) -> str:
+    """What the rows of the calibration that the settings ask for are called, unless its file has changed."""
+    length = settings.sequence_length or DEFAULT_SEQUENCE_LENGTH
+    return f"{_name(settings, listing)} {settings.samples}x{length}"
+
+
+def _name(settings: TraceSettings, listing: Listing) -> str:
+    return settings.calibration or ("pydoc" if listing.source == "local" or settings.offline else "c4")
 
 
 def _final_model(repo: str) -> str:

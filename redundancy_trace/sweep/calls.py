@@ -23,7 +23,7 @@ def trace(**settings: Any) -> "pl.DataFrame":
 
     Returns:
         All scores of the run, as `read_scores` gives them. Checkpoints that could not be scored are told on stderr
-        and noted in the run's `failures/`.
+        and noted in the run's `failures/`. With `dry_run`, the listing instead, as `list_checkpoints(…).to_frame()`.
 
     Raises:
         InputError: If the input cannot be used.
@@ -37,6 +37,10 @@ def trace(**settings: Any) -> "pl.DataFrame":
     chosen = settings_from(settings)
     with reporting(quiet=chosen.quiet) as reporter:
         result = run_sweep(chosen, reporter)
+        if chosen.dry_run:
+            reporter.line(result.plan.told())
+    if chosen.dry_run:
+        return result.listing.to_frame()
     if not result.scored and not result.kept:
         raise CheckpointError(failure_summary(result))
     return read_scores(result.folder)

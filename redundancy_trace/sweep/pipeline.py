@@ -7,14 +7,14 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from redundancy_trace.checkpoints import Listing
 from redundancy_trace.errors import InputError, TraceError
 from redundancy_trace.fetching import Fetched, Room, abandon, discard, fetch, leave
 from redundancy_trace.hub import Hub
 from redundancy_trace.progress import Reporter
-from redundancy_trace.settings import TraceSettings
+from redundancy_trace.settings import TraceSettings, parse_bytes
 from redundancy_trace.sweep.tasks import Task
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ def score_all(
 
     from redundancy_trace import store
     from redundancy_trace.engine import choose_device, score_checkpoint
+    from redundancy_trace.weights import open_remote_weights
 
     device = choose_device(settings.device)
     scored, failures = 0, {}
@@ -63,6 +64,7 @@ def score_all(
                     engine=settings.engine,
                     trust_remote_code=settings.trust_remote_code,
                     on_progress=reporter.step,
+                    weights=open_remote_weights(fetched.folder, fetched.remote) if fetched.remote else None,
                 )
             except Exception as error:
                 # Input that fits none is told at once; what others bore is a fault of this one, and they go on.
@@ -99,7 +101,9 @@ def _fetching(
 
     When the sweep is interrupted, what has arrived stays for the next one; when it fails, it is deleted at once.
     """
-    room = Room()
+    room = Room(parse_bytes(settings.disk_budget) if settings.disk_budget else None)
+    # The whole model is loaded from files.
+    how: Any = "file" if settings.keep or settings.engine == "whole" else settings.fetch
     started: list[tuple[Task, Future[Fetched], Event]] = []
 
     def place(task: Task) -> Path:
@@ -107,7 +111,7 @@ def _fetching(
 
     def work(task: Task, stopped: Event) -> Fetched:
         reporter.fetching(task.checkpoint.name, task.checkpoint.bytes if task.checkpoint.path is None else None)
-        return fetch(listing.model, task.checkpoint, hub, place(task), reporter.moved, stopped, room)
+        return fetch(listing.model, task.checkpoint, hub, place(task), reporter.moved, stopped, room, how)
 
     def begin(task: Task) -> "Future[Fetched]":
         stopped = Event()

@@ -19,8 +19,9 @@ from redundancy_trace.errors import CheckpointError, InputError, TraceError
 from redundancy_trace.hub import Hub
 from redundancy_trace.progress import Reporter
 from redundancy_trace.settings import TraceSettings
-from redundancy_trace.sweep.calibrating import calibrate, calibration_label
+from redundancy_trace.sweep.calibrating import calibrate, calibration_label, label_asked_for
 from redundancy_trace.sweep.pipeline import score_all
+from redundancy_trace.sweep.planning import SweepPlan, check_plan, plan_sweep
 from redundancy_trace.sweep.tasks import open_tasks
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ class SweepResult:
         failures: Names of those that could not be scored, with the reason.
         figures: The files that were drawn.
         calibration: The calibration of this sweep, as the rows name it; a run may hold others.
+        plan: What was to be done.
+        listing: The checkpoints, chosen or not.
     """
 
     folder: Path
@@ -49,6 +52,8 @@ class SweepResult:
     failures: dict[str, str]
     figures: tuple[Path, ...]
     calibration: str
+    plan: SweepPlan
+    listing: Listing
 
 
 def run_sweep(settings: TraceSettings, reporter: Reporter) -> SweepResult:
@@ -95,6 +100,11 @@ def run_sweep(settings: TraceSettings, reporter: Reporter) -> SweepResult:
 
         dtype = str(choose_dtype(settings.dtype, choose_device(settings.device))).removeprefix("torch.")
         run = store.Run(folder, model, dtype, settings.trust_remote_code, settings.tokens_per_step, ())
+    plan = plan_sweep(settings, listing, found, hub)
+    check_plan(settings, listing, plan)
+    if settings.dry_run:
+        return SweepResult(folder, 0, plan.stored, {}, (), label_asked_for(settings, listing), plan, listing)
+    reporter.line(plan.told())
     calibration, run = calibrate(settings, listing, run, hub)
     listing, failures = _with_commits(listing, remembered)
     tasks, kept = open_tasks(listing, run, calibration)
@@ -115,7 +125,7 @@ def run_sweep(settings: TraceSettings, reporter: Reporter) -> SweepResult:
         failures |= failed
     label = calibration_label(run, calibration)
     figures = _draw(run, listing, label, reporter) if scored or kept else ()
-    return SweepResult(folder, scored, kept, failures, figures, label)
+    return SweepResult(folder, scored, kept, failures, figures, label, plan, listing)
 
 
 def failure_summary(result: SweepResult) -> str:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from redundancy_trace.checkpoints import Checkpoint, Listing
+from redundancy_trace.checkpoints import Checkpoint, Listing, endpoints_first
 from redundancy_trace.sweep.calibrating import calibration_label
 
 if TYPE_CHECKING:
@@ -19,12 +19,20 @@ class Task:
     labels: "Labels"
 
 
+def identity_of(checkpoint: Checkpoint, run: "Run", token_hash: str) -> str:
+    """The identity of a checkpoint's rows in a run, under one calibration; its commit must be known."""
+    from redundancy_trace import store
+
+    assert checkpoint.commit is not None
+    number_settings = {"dtype": run.dtype, "trust_remote_code": run.trust_remote_code}
+    return store.row_identity(checkpoint.commit, token_hash, number_settings)
+
+
 def open_tasks(listing: Listing, run: "Run", calibration: "Calibration") -> tuple[list[Task], int]:
     """The chosen checkpoints that are not stored yet, and how many are."""
     from redundancy_trace import store
 
     label = calibration_label(run, calibration)
-    number_settings = {"dtype": run.dtype, "trust_remote_code": run.trust_remote_code}
     finished = store.finished_parts(run.folder)
     tasks: list[Task] = []
     kept = 0
@@ -33,7 +41,7 @@ def open_tasks(listing: Listing, run: "Run", calibration: "Calibration") -> tupl
         commit = checkpoint.commit
         if commit is None:
             continue  # among the failures
-        identity = store.row_identity(commit, calibration.sha256, number_settings)
+        identity = identity_of(checkpoint, run, calibration.sha256)
         part = store.part_name(commit, identity)
         if part in seen:
             continue  # the same commit under another name: one set of rows
@@ -55,4 +63,5 @@ def open_tasks(listing: Listing, run: "Run", calibration: "Calibration") -> tupl
             identity=identity,
         )
         tasks.append(Task(checkpoint, labels))
-    return tasks, kept
+    # Spread over the training from the start, so that a sweep that is stopped shows the whole curve.
+    return [tasks[index] for index in endpoints_first(len(tasks))], kept

@@ -8,12 +8,14 @@ from redundancy_trace.weights.loading import (
     read_config,
     release_,
 )
+from redundancy_trace.weights.remote import open_remote_weights
 
 __all__ = [
     "EmptyModel",
     "WeightFiles",
     "build_empty_model",
     "load_whole_model",
+    "open_remote_weights",
     "open_weights",
     "read_config",
     "release_",

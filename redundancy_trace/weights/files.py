@@ -20,6 +20,8 @@ _FORMATS = (
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
 
+MAX_HEADER_BYTES = 100_000_000  # of a safetensors file, as the format itself has it
+
 
 @dataclass(frozen=True)
 class TensorInfo:
@@ -100,13 +102,13 @@ def _open(folder: Path, files: list[Path]) -> WeightFiles:
             if isinstance(stored, Tensor):
                 info[name] = TensorInfo(tuple(stored.shape), stored.dtype)
             else:
-                info[name] = TensorInfo(tuple(stored.get_shape()), _SAFETENSORS_DTYPES[stored.get_dtype()])
+                info[name] = TensorInfo(tuple(stored.get_shape()), SAFETENSORS_DTYPES[stored.get_dtype()])
     if not info:
         raise CheckpointError(f"{files[0]} holds no tensors.")
     return WeightFiles(folder, info, slices)
 
 
-_SAFETENSORS_DTYPES = {
+SAFETENSORS_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -128,7 +130,7 @@ def _open_safetensors(file: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{file} ({file.stat().st_size:,} bytes) is truncated or no safetensors file: {error}. Fetch it again."
         ) from error
-    unknown = {name: s.get_dtype() for name, s in slices.items() if s.get_dtype() not in _SAFETENSORS_DTYPES}
+    unknown = {name: s.get_dtype() for name, s in slices.items() if s.get_dtype() not in SAFETENSORS_DTYPES}
     if unknown:
         name, dtype = next(iter(unknown.items()))
         raise CheckpointError(

@@ -8,7 +8,7 @@ import contextlib
 import json
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,9 +68,14 @@ class EmptyModel:
         """Stored names of the tensors that fill the parameters of the submodule `module_name`."""
         return tuple(stored for stored, (target, _) in self.targets.items() if target.startswith(module_name + "."))
 
-    def load_(self, stored_names: Iterable[str]) -> None:
-        """Fill the parameters that the stored tensors belong to, in place, converted as transformers does."""
-        slices = self.weights.slices(stored_names)
+    def load_(self, stored_names: Iterable[str], read: Mapping[str, Tensor] | None = None) -> None:
+        """Fill the parameters that the stored tensors belong to, in place, converted as transformers does.
+
+        Args:
+            stored_names: The tensors.
+            read: The same, where they have been read already.
+        """
+        slices = dict(read) if read is not None else self.weights.slices(stored_names)
         info = _convert(self.model, slices, self._mapping, self.device, self.dtype)
         _refuse(self.weights.folder, info, missing=())
 
@@ -106,7 +111,12 @@ class EmptyModel:
 
 
 def build_empty_model(
-    folder: Path, *, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False
+    folder: Path,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    trust_remote_code: bool = False,
+    weights: WeightFiles | None = None,
 ) -> EmptyModel:
     """Build a checkpoint's model on the meta device and match its files to the parameters, by headers alone.
 
@@ -115,6 +125,7 @@ def build_empty_model(
         device: Where parameters go when they are loaded.
         dtype: Compute dtype.
         trust_remote_code: Whether model code in the folder may be run.
+        weights: The weights, where they are not in the folder.
 
     Raises:
         CheckpointError: If a tensor is missing, unexpected or misshapen (named), or files or config cannot be used.
@@ -124,7 +135,7 @@ def build_empty_model(
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     config = read_config(folder, trust_remote_code=trust_remote_code)
-    weights = open_weights(folder)
+    weights = weights or open_weights(folder)
     try:
         # Buffers stay real: they are computed from the configuration, not read.
         with _quiet(), init_empty_weights(include_buffers=False):
