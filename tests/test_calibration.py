@@ -363,7 +363,7 @@ def test_no_tokenizer_says_where_was_looked(tmp_path: Path, loopback_hub: Loopba
     for part in (
         f"{tmp_path} has no tokenizer",
         f"{tmp_path / 'none'} is no folder",
-        "org/model has no tokenizer",
+        "The same holds of 1 more: org/model",
         "org/none was not found",
         f"{tmp_path / 'broken'} has a tokenizer that transformers cannot load",
         "--tokenizer",
@@ -372,6 +372,23 @@ def test_no_tokenizer_says_where_was_looked(tmp_path: Path, loopback_hub: Loopba
         assert part in message
     with pytest.raises(InputError, match="nowhere to look"):
         find_tokenizer([])
+
+
+def test_one_reason_of_many_places_is_told_once(tmp_path: Path, loopback_hub: LoopbackHub) -> None:
+    loopback_hub.add_repo("org/gated", {"main": {"tokenizer.json": b"{}"}}, gated=True)
+    commit = loopback_hub.commit("org/gated", "main")
+    places = [TokenizerSource("org/gated", commit), TokenizerSource("org/gated")]
+    for number in range(12):
+        (tmp_path / f"step{number}").mkdir()
+        places.append(TokenizerSource(tmp_path / f"step{number}"))
+    with pytest.raises(InputError, match="No tokenizer was found") as told:
+        find_tokenizer(places, hub=Hub(loopback_hub.url))
+    _, gated, folders, hint = str(told.value).splitlines()
+    assert gated.count("org/gated is gated") == 1
+    assert folders.startswith(f"  {tmp_path / 'step0'} has no tokenizer")
+    assert "The same holds of 11 more: " in folders
+    assert str(tmp_path / "step2") in folders
+    assert "--tokenizer" in hint
 
 
 def test_a_named_tokenizer_that_is_none_is_not_replaced(tmp_path: Path, plain: Path) -> None:

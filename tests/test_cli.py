@@ -239,10 +239,11 @@ def test_what_the_hub_does_not_have(loopback_hub, tiny_run, tmp_path, capsys):
     loopback_hub.add_repo("me/final", revisions={"main": branches(tiny_run)["main"]})
     there = ["--endpoint", loopback_hub.url, *SHAPE]
     for arguments, words in (
-        (["--model", "me/modle"], ["me/modle was not found", "hf auth login", "./me/modle"]),
+        (["--model", "me/modle"], ["me/modle was not found", "hf auth login", "no folder me/modle here"]),
         (["--model", "me/model", "--revisions", "step3"], ["no checkpoint 'step3'; nearest: ", "step2", "log:20"]),
         (["--model", "me/final"], ["me/final", "There is: main", "--revisions main"]),
-        (["--model", "me/model"], ["allenai/c4"]),
+        (["--model", "me/model"], ["c4, the default", "allenai/c4", "--calibration pydoc"]),
+        (["--model", "nope"], ["nope was not found", "There is no folder nope here either"]),
         (["--model", "me/model", "--calibration", "hf:me/text"], ["me/text was not found"]),
         (["--model", "me/model", "--calibration", "pydoc", "--tokenizer", "me/none"], ["--tokenizer me/none"]),
     ):

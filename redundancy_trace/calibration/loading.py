@@ -108,9 +108,22 @@ def load_calibration(
 def _pieces(name: str, hub: Hub) -> Iterator[Piece]:
     if name == "pydoc":
         return whole(pydoc_topics())
-    if name == "c4" or name.startswith("hf:"):
-        return dataset_pieces(DatasetName.parse(C4 if name == "c4" else name), hub)
+    if name == "c4":
+        return _c4(hub)
+    if name.startswith("hf:"):
+        return dataset_pieces(DatasetName.parse(name), hub)
     return text_file(_path(name))
+
+
+def _c4(hub: Hub) -> Iterator[Piece]:
+    """The default text: whoever did not ask for it must hear what it is, and what may stand in its place."""
+    try:
+        yield from dataset_pieces(DatasetName.parse(C4), hub)
+    except InputError as error:
+        raise InputError(
+            f"The calibration c4, the default for Hub models, cannot be had. {error}\nGive another: --calibration "
+            "pydoc (text that every Python carries, no download), or --calibration FILE.txt (text of your own)."
+        ) from error
 
 
 def _path(name: str) -> Path:
