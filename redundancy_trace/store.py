@@ -20,6 +20,7 @@ import polars as pl
 
 from redundancy_trace.errors import InputError
 from redundancy_trace.metrics import Distance, ModelScores, Value, metric_versions
+from redundancy_trace.versions import library_versions
 
 _LABELS: dict[str, Any] = {
     "model": pl.String,
@@ -255,19 +256,6 @@ def withdraw_run(run: Run, settings: Mapping[str, Any]) -> None:
         file.unlink(missing_ok=True)
     if not any(run.folder.iterdir()):
         run.folder.rmdir()
-
-
-def library_versions() -> dict[str, str]:
-    """Versions of this package and of the libraries that a number may depend on."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {}
-    for name in ("redundancy-trace", "torch", "transformers", "tokenizers", "safetensors", "numpy", "polars"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "unknown"
-    return found
 
 
 def finished_parts(folder: Path) -> frozenset[str]:

@@ -16,6 +16,7 @@ PACKAGE = Path(rt.__file__).parent
 # A module imports only modules named before it.
 ORDER = (
     "errors",
+    "versions",
     "metrics",
     "settings",
     "progress",
@@ -35,7 +36,7 @@ ORDER = (
     "cli",
 )
 # What runs on a laptop from a folder that a cluster wrote.
-LIGHT = ("errors", "metrics", "settings", "store", "analysis", "figures")
+LIGHT = ("errors", "versions", "metrics", "settings", "store", "analysis", "figures")
 
 
 def files_of(module):
