@@ -517,6 +517,18 @@ def test_rows_and_frame(loopback_hub: LoopbackHub) -> None:
     assert Listing("org/model", "hub", ()).to_frame().height == 0
 
 
+def test_a_listing_is_short_in_a_notebook(run: Path) -> None:
+    for revisions, shown in (
+        ("log:2", f"Listing({str(run)!r}: 3 refs, 2 chosen, checkpoint-3 … checkpoint-100)"),
+        ("checkpoint-20", f"Listing({str(run)!r}: 3 refs, 1 chosen, checkpoint-20)"),
+    ):
+        listing = list_checkpoints(str(run), revisions)
+        assert repr(listing) == shown
+        html = listing._repr_html_()
+        assert html.count("<tr>") == 2 + len(listing)  # names and types of the columns, rows
+        assert "checkpoint-100" in html
+
+
 def test_listing_survives_json(loopback_hub: LoopbackHub) -> None:
     loopback_hub.add_repo("org/model", revisions={"main": {}, "step1": one_checkpoint(1), "step2": one_checkpoint(2)})
     listing = list_checkpoints("org/model", "step2", endpoint=loopback_hub.url)

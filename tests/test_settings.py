@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+from pathlib import Path
 
 import pytest
 
@@ -73,6 +74,19 @@ def test_keywords_of_the_python_call(tmp_path):
         settings_from({"model": "me/model", "sampels": 3})
     with pytest.raises(InputError, match=r"no setting 'xyz'\. Known: model, revisions"):
         settings_from({"model": "me/model", "xyz": 3})
+
+
+def test_the_python_call_shows_its_settings_to_help_and_completion():
+    import redundancy_trace as rt
+
+    parameters = inspect.signature(rt.trace).parameters
+    assert {name: p.default for name, p in parameters.items()} == {field.name: field.default for field in FIELDS}
+    assert [name for name, p in parameters.items() if p.kind is not p.KEYWORD_ONLY] == ["model"]
+    assert (parameters["samples"].annotation, parameters["out"].annotation) == (int, Path | None | str)
+    for field in FIELDS:
+        assert f"\n    {field.name}: {field.metadata['help'].split()[0]}" in rt.trace.__doc__
+    with pytest.raises(InputError, match=r"no setting 'sampels'\. Did you mean samples\?"):
+        rt.trace("me/model", sampels=3)
 
 
 def test_help_shows_every_flag(capsys):

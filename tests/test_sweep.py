@@ -175,6 +175,18 @@ def test_nothing_is_scored_twice(tiny_run, tmp_path, no_figures, scored):
     assert calibrations == ["pydoc 4x32", "pydoc 2x32"]
 
 
+def test_the_python_call_returns_the_rows_of_its_own_calibration(tiny_run, tmp_path, no_figures):
+    def call(**settings):
+        return rt.trace(tiny_run, out=tmp_path / "run", calibration="pydoc", sequence_length=32, quiet=True, **settings)
+
+    first = call(samples=4, revisions="0..2")
+    second = call(samples=2, revisions="0..1")
+    assert (set(first["calibration"]), set(second["calibration"])) == ({"pydoc 4x32"}, {"pydoc 2x32"})
+    assert second["step"].unique().sort().to_list() == [0, 1]
+    assert_frame_equal(call(samples=4, revisions="checkpoint-0"), first)
+    assert len(rt.read_scores(tmp_path / "run")) == len(first) + len(second)
+
+
 def test_tokens_per_step_may_be_given_and_changed_later(tiny_run, tmp_path, no_figures, scored):
     arguments = ["--model", str(tiny_run), "--out", str(tmp_path / "run"), "--quiet", *PYDOC]
 
