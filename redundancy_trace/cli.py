@@ -92,7 +92,7 @@ def _sweep(ctx: typer.Context, *, version: bool = False, **options: Any) -> int 
     elif result.scored or result.kept:
         _print_result(result)
     if result.failures:
-        _say(failure_summary(result))
+        _say(failure_summary(result, told=not settings.quiet))
         return 1
     return 0
 

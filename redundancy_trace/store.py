@@ -9,7 +9,7 @@ import hashlib
 import json
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -279,19 +279,34 @@ def write_part(folder: Path, labels: Labels, scores: ModelScores) -> None:
     name = part_name(labels.commit, labels.identity)
     _write_parquet(folder / "distances" / f"{name}.parquet", distances_frame(labels, scores.distances))
     _write_parquet(folder / "scores" / f"{name}.parquet", scores_frame(labels, scores.values))
+    clear_failures(folder, {labels.revision}, labels.calibration)
+
+
+def clear_failures(folder: Path, revisions: Set[str], calibration: str | None) -> None:
+    """Remove the notes of checkpoints that have scores of this calibration."""
     for failure in (folder / "failures").glob("*.json"):
         # By name: a local checkpoint that was repaired has another commit, and its old failure is none any more.
-        noted = _failure(failure)
-        if (noted["revision"], noted["calibration"]) == (labels.revision, labels.calibration):
+        try:
+            noted = _failure(failure)
+        except FileNotFoundError:
+            continue  # another process has removed it
+        if noted["revision"] in revisions and noted["calibration"] == calibration:
             failure.unlink(missing_ok=True)
 
 
 def write_failure(folder: Path, labels: Labels, reason: str) -> None:
-    """Note why a checkpoint has no scores; it is tried again next time."""
-    assert labels.commit is not None
-    assert labels.identity is not None
+    """Note why a checkpoint has no scores; it is tried again next time.
+
+    Args:
+        folder: The run folder.
+        labels: Which checkpoint. One whose files cannot be read has no commit: its note is named after what it is
+            called.
+        reason: What is told.
+    """
     record = {**vars(labels), "reason": reason, "time": datetime.now(UTC).isoformat(timespec="seconds")}
-    write_json(folder / "failures" / f"{part_name(labels.commit, labels.identity)}.json", record)
+    commit = labels.commit or hashlib.sha256(labels.revision.encode()).hexdigest()
+    identity = labels.identity or hashlib.sha256((labels.calibration or "").encode()).hexdigest()
+    write_json(folder / "failures" / f"{part_name(commit, identity)}.json", record)
 
 
 def read_failures(folder: Path) -> list[dict[str, Any]]:

@@ -29,7 +29,8 @@ def trace(model: str | Path | None = None, **settings: Any) -> "pl.DataFrame":
 
     Returns:
         The scores of the run, as `read_scores` gives them; where the run holds several calibrations, those of this
-        one's. Checkpoints that could not be scored are told on stderr and noted in the run's `failures/`.
+        one's. Checkpoints that could not be scored are told on stderr (unless `quiet`) and noted in the run's
+        `failures/`.
 
     Raises:
         InputError: If the input cannot be used; an unknown setting is told with the nearest known one.
