@@ -343,12 +343,12 @@ def read_scores(folder: str | Path) -> pl.DataFrame:
     Raises:
         InputError: If the folder is no run or holds no scores yet.
     """
-    return _read(Path(folder), "scores", SCORE_SCHEMA, ("layer", "component", "metric"))
+    return _read(Path(folder).expanduser(), "scores", SCORE_SCHEMA, ("layer", "component", "metric"))
 
 
 def read_distances(folder: str | Path) -> pl.DataFrame:
     """All block distances of a run, columns as `DISTANCE_SCHEMA`, in training order; raises as `read_scores`."""
-    return _read(Path(folder), "distances", DISTANCE_SCHEMA, ("layer", "to_layer", "metric"))
+    return _read(Path(folder).expanduser(), "distances", DISTANCE_SCHEMA, ("layer", "to_layer", "metric"))
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -639,7 +639,8 @@ def test_existing_folder_goes_before_a_repository(run: Path, tmp_path: Path, mon
 
 
 def test_folder_of_checkpoints(run: Path) -> None:
-    listing = list_checkpoints(str(run), "log:20")
+    listing = list_checkpoints(run, "log:20")
+    assert listing == list_checkpoints(str(run))
     assert [(c.name, c.kind, c.step, c.commit, c.format) for c in listing] == [
         (f"checkpoint-{step}", "local", step, None, "safetensors") for step in (3, 20, 100)
     ]

@@ -385,7 +385,8 @@ def test_every_frame_can_be_drawn(scores, tmp_path):
 
 def test_the_csv_holds_exactly_what_is_shown(tmp_path):
     scores = FRAMES["holes and a final model"]()
-    draw_figures(scores, tmp_path, formats=["png"])
+    written = draw_figures(scores, str(tmp_path), formats=["png"])
+    assert all(path.parent == tmp_path for path in written)
     for name, metric in (("importance", "importance"), ("similarity-depth", "cosine_similarity"), ("loss", "loss")):
         table = pl.read_csv(tmp_path / f"{name}.csv", infer_schema_length=None)
         values = metric_values(scores, metric)

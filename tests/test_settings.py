@@ -68,8 +68,13 @@ def test_what_cannot_be_is_refused(fields, message):
 
 
 def test_keywords_of_the_python_call(tmp_path):
-    settings = settings_from({"model": tmp_path, "out": str(tmp_path / "run"), "samples": 3})
-    assert settings == TraceSettings(model=str(tmp_path), out=tmp_path / "run", samples=3)
+    paths = {"model": tmp_path, "tokenizer": tmp_path / "x", "calibration": tmp_path / "text.txt"}
+    expected = TraceSettings(**{name: str(path) for name, path in paths.items()}, out=tmp_path / "run", samples=3)
+    assert settings_from({**paths, "out": tmp_path / "run", "samples": 3}) == expected
+    assert (
+        settings_from({name: str(path) for name, path in paths.items()} | {"out": str(tmp_path / "run"), "samples": 3})
+        == expected
+    )
     with pytest.raises(InputError, match=r"no setting 'sampels'\. Did you mean samples\?"):
         settings_from({"model": "me/model", "sampels": 3})
     with pytest.raises(InputError, match=r"no setting 'xyz'\. Known: model, revisions"):

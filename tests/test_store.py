@@ -77,6 +77,8 @@ def test_what_is_written_is_read_back(tmp_path):
     assert (loss["layer"], loss["component"], loss["value"], loss["stderr"]) == (None, "model", 3.5, None)
     distances = store.read_distances(tmp_path)
     assert dict(distances.schema) == DISTANCE_SCHEMA
+    assert_frame_equal(store.read_scores(str(tmp_path)), read)
+    assert_frame_equal(store.read_distances(str(tmp_path)), distances)
     assert distances.select("layer", "to_layer", "metric", "value", "n_tokens").rows() == [
         (0, 1, "angular_distance", 0.25, 32)
     ]

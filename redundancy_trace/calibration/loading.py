@@ -22,6 +22,7 @@ from redundancy_trace.calibration.tokenizers import TokenizerSource, encode, fin
 from redundancy_trace.errors import InputError, TraceError
 from redundancy_trace.hub import Hub
 
+DEFAULT_SEQUENCE_LENGTH = 512
 _KNOWN = "pydoc, c4, FILE.txt, tokens:FILE.npy, hf:NAME[:config][:split][:column]"
 
 
@@ -44,7 +45,7 @@ def load_calibration(
     name: str,
     *,
     samples: int,
-    sequence_length: int,
+    sequence_length: int | None = None,
     tokenizer: str | None = None,
     candidates: Sequence[TokenizerSource] = (),
     hub: Hub | None = None,
@@ -58,10 +59,10 @@ def load_calibration(
 
     Args:
         name: `pydoc` (every topic of `pydoc_data.topics`), `c4` (allenai/c4, English, validation), `hf:NAME[:config]
-            [:split][:column]`, `tokens:FILE.npy` (the first rows and columns of an integer array), or the path of a
-            UTF-8 text (one document).
+            [:split][:column]`, `tokens:FILE.npy` (the first rows and columns of an integer array, or a flat one, cut
+            into sequences), or the path of a UTF-8 text (one document).
         samples: N, number of sequences.
-        sequence_length: T, tokens in each.
+        sequence_length: T, tokens in each; None = as long as the rows of `tokens:FILE.npy`, 512 of anything else.
         tokenizer: Repository or folder that the user named; then no other place is looked at.
         candidates: Where the tokenizer may be, in order.
         hub: Where repositories come from.
@@ -76,6 +77,8 @@ def load_calibration(
         InputError: The text, the tokenizer or enough tokens are not there; says what is, and what would fit.
     """
     hub = hub or Hub()
+    if sequence_length is None:
+        sequence_length = _own_length(name)
     made_from: dict[str, Any] = {
         "calibration": name,
         "samples": samples,
@@ -87,8 +90,10 @@ def load_calibration(
         return Calibration(name, kept, token_hash(kept))
     if name.startswith("tokens:"):
         path = _path(name)
+        assert sequence_length is not None  # the file is there
         ids = first_sequences(_array(path), samples=samples, sequence_length=sequence_length, name=str(path))
     else:
+        assert sequence_length is not None
         pieces = _pieces(name, hub)
         loaded = find_tokenizer(candidates, named=tokenizer, hub=hub, trust_remote_code=trust_remote_code)
         ids = cut_sequences(
@@ -146,6 +151,16 @@ def _array(path: Path) -> np.ndarray:
     if not isinstance(array, np.ndarray):
         raise InputError(f"{path} holds several arrays; write the ids alone with numpy.save.")
     return array
+
+
+def _own_length(name: str) -> int | None:
+    """T where the user gave none; None if it is that of a file that is not here, though the run may have its ids."""
+    if not name.startswith("tokens:"):
+        return DEFAULT_SEQUENCE_LENGTH
+    if not Path(name.removeprefix("tokens:")).expanduser().exists():
+        return None
+    array = _array(_path(name))
+    return max(2, array.shape[1]) if array.ndim == 2 else DEFAULT_SEQUENCE_LENGTH
 
 
 def _file_hash(name: str) -> str | None:

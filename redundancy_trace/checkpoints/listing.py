@@ -19,7 +19,7 @@ PARALLEL_TREES = 8
 
 
 def list_checkpoints(
-    model: str,
+    model: str | Path,
     revisions: str = "log:20",
     *,
     endpoint: str | None = None,
@@ -46,7 +46,7 @@ def list_checkpoints(
     Raises:
         InputError: No such model, no access, no network, or a selector that selects nothing.
     """
-    model = model.strip()
+    model = str(model).strip()
     if is_local(model):
         ordered = in_training_order(local_checkpoints(model, remembered or {}))
         placed = _with_tokens(ordered, tokens_per_step)

@@ -1,7 +1,8 @@
 """The pictures of a run, drawn from its scores alone; no torch, no network.
 
 Every `plot_` function that takes `ax` draws there and returns it; without one it draws in a figure outside pyplot
-(`.figure` of what it returns). rcParams and pyplot's figures stay as the caller left them.
+(`.figure` of what it returns), which a notebook shows where it is the last value of a cell. rcParams and pyplot's
+figures stay as the caller left them.
 """
 
 import uuid
@@ -73,7 +74,7 @@ FIGURES: dict[str, FigureKind] = {
 
 def draw_figures(
     scores: pl.DataFrame,
-    folder: Path,
+    folder: str | Path,
     names: Iterable[str] | None = None,
     formats: Iterable[str] = ("png", "pdf"),
 ) -> list[Path]:
@@ -99,6 +100,7 @@ def draw_figures(
     names = list(names)
     _refuse_unknown("figure", names, FIGURES)
     _refuse_unknown("format", formats, FORMATS)
+    folder = Path(folder).expanduser()
     written = []
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from redundancy_trace.calibration import Calibration
     from redundancy_trace.store import Run
 
-DEFAULT_SEQUENCE_LENGTH = 512
-
 
 def calibrate(settings: TraceSettings, listing: Listing, run: "Run", hub: Hub) -> "tuple[Calibration, Run]":
     """The run's token ids, made or taken up again, and the run with them on record."""
@@ -34,7 +32,7 @@ def calibrate(settings: TraceSettings, listing: Listing, run: "Run", hub: Hub) -
     calibration = load_calibration(
         name,
         samples=settings.samples,
-        sequence_length=settings.sequence_length or DEFAULT_SEQUENCE_LENGTH,
+        sequence_length=settings.sequence_length,
         tokenizer=settings.tokenizer,
         candidates=candidates,
         hub=hub,

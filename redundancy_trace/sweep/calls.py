@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import polars as pl
 
 # Settings that may be given as a text or as a path.
-_PATHS = ("model", "out")
+_PATHS = ("model", "out", "calibration", "tokenizer")
 
 
 def trace(model: str | Path | None = None, **settings: Any) -> "pl.DataFrame":
@@ -83,11 +83,9 @@ def settings_from(given: dict[str, Any]) -> TraceSettings:
             near = nearest(name, known, count=1)
             hint = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(known)}."
             raise InputError(f"There is no setting {name!r}. {hint}")
-    if isinstance(given.get("out"), str):
-        given = {**given, "out": Path(given["out"])}
-    if isinstance(given.get("model"), Path):
-        given = {**given, "model": str(given["model"])}
-    return TraceSettings(**given)
+    texts = {name: str(given[name]) for name in _PATHS if isinstance(given.get(name), Path)}
+    out = {} if given.get("out") is None else {"out": Path(given["out"])}
+    return TraceSettings(**{**given, **texts, **out})
 
 
 def score_model(

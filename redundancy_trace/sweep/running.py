@@ -72,7 +72,7 @@ def run_sweep(settings: TraceSettings, reporter: Reporter) -> SweepResult:
         settings = _with_demo_defaults(settings)
     given = _plain(settings)
     model = _model_label(settings.model)
-    folder = settings.out or Path("runs") / model.rsplit("/", 1)[-1]
+    folder = (settings.out or Path("runs") / model.rsplit("/", 1)[-1]).expanduser()
     found = store.open_run(
         folder,
         model=model,
@@ -150,11 +150,12 @@ def failure_summary(result: SweepResult, *, told: bool = False) -> str:
 
 def _with_demo_defaults(settings: TraceSettings) -> TraceSettings:
     """What is taken for the demo where the user gave nothing."""
+    own_length = (settings.calibration or "").startswith("tokens:")
     return replace(
         settings,
         revisions="all" if settings.revisions == TraceSettings.revisions else settings.revisions,
         calibration=settings.calibration or "pydoc",
-        sequence_length=settings.sequence_length or DEMO_SEQUENCE_LENGTH,
+        sequence_length=settings.sequence_length or (None if own_length else DEMO_SEQUENCE_LENGTH),
     )
 
 
