@@ -17,6 +17,7 @@ PACKAGE = Path(rt.__file__).parent
 ORDER = (
     "errors",
     "versions",
+    "writing",
     "metrics",
     "settings",
     "progress",
@@ -36,7 +37,7 @@ ORDER = (
     "cli",
 )
 # What runs on a laptop from a folder that a cluster wrote.
-LIGHT = ("errors", "versions", "metrics", "settings", "store", "analysis", "figures")
+LIGHT = ("errors", "versions", "writing", "metrics", "settings", "store", "analysis", "figures")
 
 
 def files_of(module):

@@ -6,9 +6,7 @@ of the same name beside it says what they were made from, so that the same call 
 
 import hashlib
 import json
-import os
-import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from redundancy_trace.calibration.texts import Piece, pydoc_topics, text_file, w
 from redundancy_trace.calibration.tokenizers import TokenizerSource, encode, find_tokenizer, prefix_ids
 from redundancy_trace.errors import InputError, TraceError
 from redundancy_trace.hub import Hub
+from redundancy_trace.writing import write_whole
 
 DEFAULT_SEQUENCE_LENGTH = 512
 _KNOWN = "pydoc, c4, FILE.txt, tokens:FILE.npy, hf:NAME[:config][:split][:column]"
@@ -205,13 +204,12 @@ def _keep(run: Path, ids: np.ndarray, made_from: dict[str, Any]) -> None:
     """Write ids and record into the run, each under another name first."""
     sha256 = token_hash(ids)
     try:
-        run.mkdir(parents=True, exist_ok=True)
         file = run / "token_ids.npy"
         if not _is_first(file, ids, sha256):
             file = run / f"token_ids-{sha256[:12]}.npy"
-            _write(file, lambda path: _save(path, ids), replace=True)
+            write_whole(file, lambda path: _save(path, ids))
         text = json.dumps({**made_from, "sha256": sha256}, indent=2) + "\n"
-        _write(file.with_suffix(".json"), lambda path: path.write_text(text, encoding="utf-8"), replace=True)
+        write_whole(file.with_suffix(".json"), lambda path: path.write_text(text, encoding="utf-8"))
     except OSError as error:
         raise TraceError(f"The token ids cannot be kept in {run}: {error.strerror or error}.") from error
 
@@ -219,7 +217,7 @@ def _keep(run: Path, ids: np.ndarray, made_from: dict[str, Any]) -> None:
 def _is_first(file: Path, ids: np.ndarray, sha256: str) -> bool:
     """Whether `token_ids.npy` holds these ids, written now unless another calibration (or process) has it."""
     if not file.exists():
-        _write(file, lambda path: _save(path, ids), replace=False)
+        write_whole(file, lambda path: _save(path, ids), replace=False)
     try:
         return token_hash(np.load(file, allow_pickle=False)) == sha256
     except (ValueError, EOFError):
@@ -229,21 +227,3 @@ def _is_first(file: Path, ids: np.ndarray, sha256: str) -> bool:
 def _save(path: Path, ids: np.ndarray) -> None:
     with path.open("wb") as file:
         np.save(file, ids)
-
-
-def _write(file: Path, write: Callable[[Path], object], *, replace: bool) -> None:
-    """Write beside the file, then put it there in one step; without `replace`, one that is there stays."""
-    part = file.with_name(f".{file.name}.{os.getpid()}-{secrets.token_hex(4)}")
-    try:
-        write(part)
-        if replace:
-            part.replace(file)
-            return
-        try:
-            os.link(part, file)  # unlike a rename it fails where another process was faster
-        except FileExistsError:
-            return
-        except OSError:  # a file system without hard links
-            part.replace(file)
-    finally:
-        part.unlink(missing_ok=True)

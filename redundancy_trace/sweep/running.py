@@ -80,6 +80,7 @@ def run_sweep(settings: TraceSettings, reporter: Reporter) -> SweepResult:
         dtype=None if settings.dtype == "auto" else settings.dtype,
         tokens_per_step=settings.tokens_per_step,
     )
+    store.tidy_run(folder)
     if settings.demo:
         settings = replace(settings, demo=False, model=str(_trained_demo(reporter)))
     assert settings.model is not None  # held by the settings
