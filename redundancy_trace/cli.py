@@ -73,7 +73,7 @@ def run(arguments: list[str]) -> int:
     return result if isinstance(result, int) else 0
 
 
-def _sweep(ctx: typer.Context, **options: Any) -> int | None:
+def _sweep(ctx: typer.Context, *, version: bool = False, **options: Any) -> int | None:  # noqa: ARG001 - told before
     if ctx.invoked_subcommand is not None:
         return None
     if not any(options[name] for name in ("model", "demo")):
@@ -94,21 +94,39 @@ def _sweep(ctx: typer.Context, **options: Any) -> int | None:
     elif result.scored or result.kept:
         _print_result(result)
     if result.failures:
-        _say(failure_summary(result))
+        _say(failure_summary(result, told=not settings.quiet))
         return 1
     return 0
+
+
+def _print_versions(wanted: bool) -> None:  # noqa: FBT001 - called by the parser
+    if not wanted:
+        return
+    from redundancy_trace.versions import library_versions
+
+    package, *libraries = library_versions().items()
+    typer.echo(", ".join(f"{name} {number}" for name, number in (("redundancy_trace", package[1]), *libraries)))
+    raise typer.Exit
 
 
 def _with_settings_as_options() -> Any:
     """The sweep with one option for each field of the settings, so that a flag is defined in one place."""
     hints = get_type_hints(TraceSettings)
     parameters = [inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)]
+    kind = inspect.Parameter.KEYWORD_ONLY
     for field in fields(TraceSettings):
         option = typer.Option(flag_of(field.name), help=field.metadata["help"], show_default=bool(field.default))
         # Built by call: written with brackets it would be a type to the checker, and the hint is a value.
         annotation = Annotated.__class_getitem__((hints[field.name], option))  # type: ignore[attr-defined]
-        kind = inspect.Parameter.KEYWORD_ONLY
         parameters.append(inspect.Parameter(field.name, kind, default=field.default, annotation=annotation))
+    told = typer.Option(
+        "--version",
+        help="Print the versions of this program and its libraries.",
+        is_eager=True,
+        callback=_print_versions,
+    )
+    shown = Annotated.__class_getitem__((bool, told))  # type: ignore[attr-defined]
+    parameters.append(inspect.Parameter("version", kind, default=False, annotation=shown))
     _sweep.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     _sweep.__annotations__ = {p.name: p.annotation for p in parameters}
     return _sweep

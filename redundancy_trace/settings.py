@@ -43,7 +43,7 @@ class TraceSettings:
     )
     samples: int = _option(64, "Number of calibration sequences.", identity=False)
     sequence_length: int | None = _option(
-        None, "Tokens in each sequence [default: 512; 128 for --demo].", identity=False
+        None, "Tokens in each sequence [default: 512; 128 for --demo; of tokens:FILE.npy its own].", identity=False
     )
     batch_size: int | None = _option(
         None, "Sequences per forward pass [default: from the sequence length].", identity=False

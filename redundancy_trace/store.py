@@ -8,18 +8,18 @@ import errno
 import hashlib
 import json
 import shutil
-import uuid
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Set
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import polars as pl
 
 from redundancy_trace.errors import InputError
 from redundancy_trace.metrics import Distance, ModelScores, Value, metric_versions
+from redundancy_trace.versions import library_versions
+from redundancy_trace.writing import part_of, remove_stray_parts, write_whole
 
 _LABELS: dict[str, Any] = {
     "model": pl.String,
@@ -94,6 +94,7 @@ class Run:
         trust_remote_code: Whether code of the repository was run.
         tokens_per_step: As the user gave it, for rows whose name carries no tokens.
         calibrations: In the order in which they were added; readers take the first unless told.
+        metric_versions: Of the metrics when the rows were made.
     """
 
     folder: Path
@@ -102,6 +103,7 @@ class Run:
     trust_remote_code: bool
     tokens_per_step: int | None
     calibrations: tuple[CalibrationRecord, ...]
+    metric_versions: Mapping[str, int] = field(default_factory=metric_versions)
 
 
 def row_identity(commit: str, token_hash: str, settings: Mapping[str, Any]) -> str:
@@ -147,6 +149,7 @@ def read_run(folder: Path) -> Run | None:
             kept["trust_remote_code"],
             kept["tokens_per_step"],
             tuple(CalibrationRecord(**record) for record in kept["calibrations"]),
+            kept["metric_versions"],
         )
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise InputError(
@@ -171,7 +174,7 @@ def open_run(
     """
     there = next(path for path in (folder, *folder.parents) if path.exists())
     try:
-        probe = there / f".writable-{uuid.uuid4().hex}"
+        probe = part_of(there / "writable")
         probe.touch()
         probe.unlink()
     except OSError as error:
@@ -193,21 +196,19 @@ def open_run(
         "trust_remote_code": trust_remote_code,
         "metric_versions": metric_versions(),
     }
-    held = {
-        "model": run.model,
-        "dtype": run.dtype,
-        "trust_remote_code": run.trust_remote_code,
-        "metric_versions": json.loads((folder / "settings.json").read_text(encoding="utf-8"))["metric_versions"],
-    }
-    for field, value in asked.items():
-        if held[field] != value:
+    for name, value in asked.items():
+        held = getattr(run, name)
+        if held != value:
             raise InputError(
-                f"--out {folder} holds a run with {field} {held[field]!r}, not {value!r}; a run holds one of them. "
+                f"--out {folder} holds a run with {name} {held!r}, not {value!r}; a run holds one of them. "
                 "Name another --out."
             )
-    if tokens_per_step is not None and tokens_per_step != run.tokens_per_step:
-        return Run(folder, run.model, run.dtype, run.trust_remote_code, tokens_per_step, run.calibrations)
-    return run
+    return run if tokens_per_step is None else replace(run, tokens_per_step=tokens_per_step)
+
+
+def tidy_run(folder: Path) -> None:
+    """Delete what killed processes left half-written in a run."""
+    remove_stray_parts([folder, *(folder / part for part in ("scores", "distances", "failures", "figures"))])
 
 
 def write_run(run: Run, settings: Mapping[str, Any]) -> Run:
@@ -232,7 +233,7 @@ def write_run(run: Run, settings: Mapping[str, Any]) -> Run:
             "trust_remote_code": run.trust_remote_code,
             "tokens_per_step": run.tokens_per_step,
             "calibrations": [vars(record) for record in run.calibrations],
-            "metric_versions": metric_versions(),
+            "metric_versions": dict(run.metric_versions),
             "settings": dict(settings),
             "versions": library_versions(),
         },
@@ -257,19 +258,6 @@ def withdraw_run(run: Run, settings: Mapping[str, Any]) -> None:
         run.folder.rmdir()
 
 
-def library_versions() -> dict[str, str]:
-    """Versions of this package and of the libraries that a number may depend on."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {}
-    for name in ("redundancy-trace", "torch", "transformers", "tokenizers", "safetensors", "numpy", "polars"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "unknown"
-    return found
-
-
 def finished_parts(folder: Path) -> frozenset[str]:
     """Names of the checkpoints, under their identities, that are stored already."""
     return frozenset(path.stem for path in (folder / "scores").glob("*.parquet"))
@@ -291,19 +279,34 @@ def write_part(folder: Path, labels: Labels, scores: ModelScores) -> None:
     name = part_name(labels.commit, labels.identity)
     _write_parquet(folder / "distances" / f"{name}.parquet", distances_frame(labels, scores.distances))
     _write_parquet(folder / "scores" / f"{name}.parquet", scores_frame(labels, scores.values))
+    clear_failures(folder, {labels.revision}, labels.calibration)
+
+
+def clear_failures(folder: Path, revisions: Set[str], calibration: str | None) -> None:
+    """Remove the notes of checkpoints that have scores of this calibration."""
     for failure in (folder / "failures").glob("*.json"):
         # By name: a local checkpoint that was repaired has another commit, and its old failure is none any more.
-        noted = _failure(failure)
-        if (noted["revision"], noted["calibration"]) == (labels.revision, labels.calibration):
+        try:
+            noted = _failure(failure)
+        except FileNotFoundError:
+            continue  # another process has removed it
+        if noted["revision"] in revisions and noted["calibration"] == calibration:
             failure.unlink(missing_ok=True)
 
 
 def write_failure(folder: Path, labels: Labels, reason: str) -> None:
-    """Note why a checkpoint has no scores; it is tried again next time."""
-    assert labels.commit is not None
-    assert labels.identity is not None
+    """Note why a checkpoint has no scores; it is tried again next time.
+
+    Args:
+        folder: The run folder.
+        labels: Which checkpoint. One whose files cannot be read has no commit: its note is named after what it is
+            called.
+        reason: What is told.
+    """
     record = {**vars(labels), "reason": reason, "time": datetime.now(UTC).isoformat(timespec="seconds")}
-    write_json(folder / "failures" / f"{part_name(labels.commit, labels.identity)}.json", record)
+    commit = labels.commit or hashlib.sha256(labels.revision.encode()).hexdigest()
+    identity = labels.identity or hashlib.sha256((labels.calibration or "").encode()).hexdigest()
+    write_json(folder / "failures" / f"{part_name(commit, identity)}.json", record)
 
 
 def read_failures(folder: Path) -> list[dict[str, Any]]:
@@ -340,28 +343,18 @@ def read_scores(folder: str | Path) -> pl.DataFrame:
     Raises:
         InputError: If the folder is no run or holds no scores yet.
     """
-    return _read(Path(folder), "scores", SCORE_SCHEMA, ("layer", "component", "metric"))
+    return _read(Path(folder).expanduser(), "scores", SCORE_SCHEMA, ("layer", "component", "metric"))
 
 
 def read_distances(folder: str | Path) -> pl.DataFrame:
     """All block distances of a run, columns as `DISTANCE_SCHEMA`, in training order; raises as `read_scores`."""
-    return _read(Path(folder), "distances", DISTANCE_SCHEMA, ("layer", "to_layer", "metric"))
+    return _read(Path(folder).expanduser(), "distances", DISTANCE_SCHEMA, ("layer", "to_layer", "metric"))
 
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON whole or not at all."""
     text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-    _atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def write_array(path: Path, array: np.ndarray) -> None:
-    """Write a numpy array whole or not at all."""
-
-    def save(temporary: Path) -> None:
-        with temporary.open("wb") as file:
-            np.save(file, array)
-
-    _atomically(path, save)
+    _write(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def _frame(labels: Labels, records: Iterable[Value] | Iterable[Distance], schema: dict[str, Any]) -> pl.DataFrame:
@@ -412,16 +405,13 @@ def _present(frame: pl.DataFrame, listed: pl.DataFrame) -> pl.DataFrame:
 
 
 def _write_parquet(path: Path, frame: pl.DataFrame) -> None:
-    _atomically(path, frame.write_parquet)
+    _write(path, frame.write_parquet)
 
 
-def _atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write under a name of our own in the same folder, which ends in no known suffix, then rename."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+def _write(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file whole or not at all; what stands in the way is told as the user's."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        temporary.replace(path)
+        write_whole(path, write)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             free = shutil.disk_usage(path.parent).free
@@ -429,5 +419,3 @@ def _atomically(path: Path, write: Callable[[Path], Any]) -> None:
                 f"No space left to write {path} ({free:,} bytes free). Free some, then give the same command again."
             ) from error
         raise InputError(f"{path} cannot be written ({error.strerror or error}).") from error
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -262,9 +262,13 @@ def test_token_files_give_their_first_rows_and_columns(dtype: str, tmp_path: Pat
     ("array", "message"),
     [
         (
-            np.zeros(9, dtype=int),
-            r"int64 of shape \(9,\); token ids are an integer array of shape \(sequences, length\)",
+            np.zeros((3, 3, 3), dtype=int),
+            r"int64 of shape \(3, 3, 3\); token ids are an integer array of shape \(sequences, length\), or a flat",
         ),
+        (np.zeros(9, dtype=int), r"has 9 token ids; --samples 2 .* needs 16\. --samples 1 would fit"),
+        (np.zeros(5, dtype=int), r"has 5 token ids.*--samples 1 --sequence-length 5 would fit"),
+        (np.zeros(0, dtype=int), r"has 0 token ids.* needs 16\.$"),
+        (np.zeros(16), r"float64 of shape \(16,\)"),
         (np.zeros((9, 9)), "float64 of shape"),
         (np.zeros((9, 9), dtype=bool), "bool of shape"),
         (np.zeros((1, 9), dtype=int), r"1 sequences of 9 tokens.*--samples 1 --sequence-length 8 would fit"),
@@ -277,6 +281,28 @@ def test_token_files_give_their_first_rows_and_columns(dtype: str, tmp_path: Pat
 def test_token_files_that_cannot_be_used(array: np.ndarray, message: str) -> None:
     with pytest.raises(InputError, match=message):
         first_sequences(array, samples=2, sequence_length=8, name="ids.npy")
+
+
+def test_flat_token_files_are_cut_into_sequences(tmp_path: Path) -> None:
+    np.save(tmp_path / "ids.npy", np.arange(50, dtype=np.uint16))
+    loaded = load_calibration(f"tokens:{tmp_path}/ids.npy", samples=3, sequence_length=16)
+    assert (loaded.token_ids == np.arange(48).reshape(3, 16)).all()
+    with pytest.raises(InputError, match="has 50 token ids; --samples 2 --sequence-length 512 needs 1,024"):
+        load_calibration(f"tokens:{tmp_path}/ids.npy", samples=2)
+
+
+def test_token_files_have_a_length_of_their_own(tmp_path: Path) -> None:
+    file, run = tmp_path / "ids.npy", tmp_path / "run"
+    np.save(file, np.arange(60).reshape(5, 12))
+    short = load_calibration(f"tokens:{file}", samples=4, sequence_length=8, run=run)
+    own = load_calibration(f"tokens:{file}", samples=4, run=run)
+    assert (short.token_ids.shape, own.token_ids.shape) == ((4, 8), (4, 12))
+    assert load_calibration(f"tokens:{file}", samples=4, sequence_length=12, run=run).sha256 == own.sha256
+    file.unlink()
+    assert load_calibration(f"tokens:{file}", samples=4, sequence_length=12, run=run).sha256 == own.sha256
+    assert load_calibration(f"tokens:{file}", samples=4, run=run).sha256 in (own.sha256, short.sha256)
+    with pytest.raises(InputError, match="there is no file"):
+        load_calibration(f"tokens:{file}", samples=5, run=run)
 
 
 def test_token_files_of_another_kind(tmp_path: Path) -> None:
@@ -363,7 +389,7 @@ def test_no_tokenizer_says_where_was_looked(tmp_path: Path, loopback_hub: Loopba
     for part in (
         f"{tmp_path} has no tokenizer",
         f"{tmp_path / 'none'} is no folder",
-        "org/model has no tokenizer",
+        "The same holds of 1 more: org/model",
         "org/none was not found",
         f"{tmp_path / 'broken'} has a tokenizer that transformers cannot load",
         "--tokenizer",
@@ -372,6 +398,23 @@ def test_no_tokenizer_says_where_was_looked(tmp_path: Path, loopback_hub: Loopba
         assert part in message
     with pytest.raises(InputError, match="nowhere to look"):
         find_tokenizer([])
+
+
+def test_one_reason_of_many_places_is_told_once(tmp_path: Path, loopback_hub: LoopbackHub) -> None:
+    loopback_hub.add_repo("org/gated", {"main": {"tokenizer.json": b"{}"}}, gated=True)
+    commit = loopback_hub.commit("org/gated", "main")
+    places = [TokenizerSource("org/gated", commit), TokenizerSource("org/gated")]
+    for number in range(12):
+        (tmp_path / f"step{number}").mkdir()
+        places.append(TokenizerSource(tmp_path / f"step{number}"))
+    with pytest.raises(InputError, match="No tokenizer was found") as told:
+        find_tokenizer(places, hub=Hub(loopback_hub.url))
+    _, gated, folders, hint = str(told.value).splitlines()
+    assert gated.count("org/gated is gated") == 1
+    assert folders.startswith(f"  {tmp_path / 'step0'} has no tokenizer")
+    assert "The same holds of 11 more: " in folders
+    assert str(tmp_path / "step2") in folders
+    assert "--tokenizer" in hint
 
 
 def test_a_named_tokenizer_that_is_none_is_not_replaced(tmp_path: Path, plain: Path) -> None:

@@ -517,6 +517,18 @@ def test_rows_and_frame(loopback_hub: LoopbackHub) -> None:
     assert Listing("org/model", "hub", ()).to_frame().height == 0
 
 
+def test_a_listing_is_short_in_a_notebook(run: Path) -> None:
+    for revisions, shown in (
+        ("log:2", f"Listing({str(run)!r}: 3 refs, 2 chosen, checkpoint-3 … checkpoint-100)"),
+        ("checkpoint-20", f"Listing({str(run)!r}: 3 refs, 1 chosen, checkpoint-20)"),
+    ):
+        listing = list_checkpoints(str(run), revisions)
+        assert repr(listing) == shown
+        html = listing._repr_html_()
+        assert html.count("<tr>") == 2 + len(listing)  # names and types of the columns, rows
+        assert "checkpoint-100" in html
+
+
 def test_listing_survives_json(loopback_hub: LoopbackHub) -> None:
     loopback_hub.add_repo("org/model", revisions={"main": {}, "step1": one_checkpoint(1), "step2": one_checkpoint(2)})
     listing = list_checkpoints("org/model", "step2", endpoint=loopback_hub.url)
@@ -574,6 +586,20 @@ def test_offline_listing(loopback_hub: LoopbackHub) -> None:
     assert loopback_hub.count() == 0
 
 
+def test_offline_listing_of_commits_without_a_name(loopback_hub: LoopbackHub, hub_cache: Path) -> None:
+    from huggingface_hub import snapshot_download
+
+    loopback_hub.add_repo("org/model", revisions={"main": one_checkpoint(1)})
+    commit = loopback_hub.commit("org/model", "main")
+    snapshot_download("org/model", revision=commit, endpoint=loopback_hub.url)
+    with pytest.raises(InputError, match=rf"no named revision of org/model, only the commits {commit}.*--offline"):
+        list_checkpoints("org/model", offline=True)
+    assert [c.commit for c in list_checkpoints("org/model", commit, offline=True).chosen] == [commit]
+    shutil.rmtree(hub_cache / "models--org--model" / "snapshots")
+    with pytest.raises(InputError, match="holds no files of org/model"):
+        list_checkpoints("org/model", offline=True)
+
+
 # Local folders
 
 
@@ -613,7 +639,8 @@ def test_existing_folder_goes_before_a_repository(run: Path, tmp_path: Path, mon
 
 
 def test_folder_of_checkpoints(run: Path) -> None:
-    listing = list_checkpoints(str(run), "log:20")
+    listing = list_checkpoints(run, "log:20")
+    assert listing == list_checkpoints(str(run))
     assert [(c.name, c.kind, c.step, c.commit, c.format) for c in listing] == [
         (f"checkpoint-{step}", "local", step, None, "safetensors") for step in (3, 20, 100)
     ]
@@ -643,6 +670,19 @@ def test_other_names_of_folders(tmp_path: Path) -> None:
     assert [(c.name, c.step, c.tokens) for c in listing] == [
         ("gpt2-checkpoint-5step", 5, None), ("step10-tokens3B", 10, 3 * B), ("final", None, None),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["tmp-checkpoint-40", "checkpoint-40.tmp", ".checkpoint-40", "step40-tmp", "checkpoint-40.part", "TMP_step40"],
+)
+def test_what_is_still_being_saved_is_no_checkpoint(run: Path, tmp_path: Path, name: str) -> None:
+    write(run / name)
+    assert [c.step for c in list_checkpoints(str(run), "all")] == [3, 20, 100]
+    write(tmp_path / "fresh" / name)
+    with pytest.raises(InputError, match=r"holds no checkpoint.*unfinished saves"):
+        list_checkpoints(str(tmp_path / "fresh"))
+    assert names_of(list_checkpoints(str(run / name)).chosen) == [name], "unless it is what the user names"
 
 
 def test_local_commit_follows_content_and_is_remembered(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

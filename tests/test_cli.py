@@ -146,13 +146,27 @@ def test_plot_of_what_is_no_run(tmp_path, tiny_run, capsys):
 
 @pytest.mark.parametrize(
     "body",
-    ["import redundancy_trace; dir(redundancy_trace)", "cli(['--help'])", "cli(['list', '--help'])", "cli(['-h'])"],
-)
+    [
+        "import redundancy_trace; dir(redundancy_trace)", "cli(['--help'])", "cli(['list', '--help'])", "cli(['-h'])",
+        "cli(['--version'])",
+    ],
+)  # fmt: skip
 def test_nothing_heavy_is_imported_to_give_help(body):
     heavy = "{'torch', 'transformers', 'matplotlib', 'huggingface_hub', 'polars', 'numpy', 'rich.progress'}"
     start = "" if body.startswith("import") else "from redundancy_trace.cli import run as cli; "
     done = python(f"import sys; {start}{body}; found = {heavy} & set(sys.modules); assert not found, found")
     assert done.returncode == 0, done.stderr
+
+
+def test_version_names_what_a_number_depends_on(capsys):
+    import torch
+    import transformers
+
+    assert cli.run(["--version"]) == 0
+    told = capsys.readouterr()
+    assert told.err == ""
+    words = ("redundancy_trace 0.1.0", f"torch {torch.__version__}", f"transformers {transformers.__version__}")
+    assert told.out.strip().startswith(", ".join(words))
 
 
 def test_results_go_to_stdout_and_everything_else_to_stderr(tiny_run, tmp_path, no_figures, capfd):
@@ -240,10 +254,11 @@ def test_what_the_hub_does_not_have(loopback_hub, tiny_run, tmp_path, capsys):
     loopback_hub.add_repo("me/final", revisions={"main": branches(tiny_run)["main"]})
     there = ["--endpoint", loopback_hub.url, *SHAPE]
     for arguments, words in (
-        (["--model", "me/modle"], ["me/modle was not found", "hf auth login", "./me/modle"]),
+        (["--model", "me/modle"], ["me/modle was not found", "hf auth login", "no folder me/modle here"]),
         (["--model", "me/model", "--revisions", "step3"], ["no checkpoint 'step3'; nearest: ", "step2", "log:20"]),
         (["--model", "me/final"], ["me/final", "There is: main", "--revisions main"]),
-        (["--model", "me/model"], ["allenai/c4"]),
+        (["--model", "me/model"], ["c4, the default", "allenai/c4", "--calibration pydoc"]),
+        (["--model", "nope"], ["nope was not found", "There is no folder nope here either"]),
         (["--model", "me/model", "--calibration", "hf:me/text"], ["me/text was not found"]),
         (["--model", "me/model", "--calibration", "pydoc", "--tokenizer", "me/none"], ["--tokenizer me/none"]),
     ):

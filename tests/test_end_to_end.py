@@ -240,7 +240,7 @@ def test_an_unforeseen_fault_of_one_checkpoint_is_its_failure(run_folder, tmp_pa
     out = tmp_path / "run"
     assert cli.run(["--model", str(run_folder), "--revisions", "0..2", "--out", str(out), *SMALL]) == 1
     told = capsys.readouterr().err
-    assert "checkpoint-1: RuntimeError: something that nobody thought of" in told
+    assert "checkpoint-1: not scored: RuntimeError: something that nobody thought of" in told
     assert rt.read_scores(out)["step"].unique().sort().to_list() == [0, 2]
 
 

@@ -159,6 +159,22 @@ def test_ticks_name_what_has_no_number():
     assert labels == ["0", "5k", "10k", "15k", "20k", "main"]
 
 
+@pytest.mark.parametrize("draw", [plot_training_heatmaps, plot_heatmap, plot_loss])
+def test_a_final_model_leaves_room_for_powers_of_ten(draw):
+    steps = [*PYTHIA_STEPS[:11], 2000, 8000, 32000, 143000]
+    names = [*(f"step{step}" for step in steps), "main"]
+    drawn = draw(fake_scores([*steps, None], names=names, n_layers=12))
+    figure = drawn.get_figure(root=True)
+    FigureCanvasAgg(figure).draw()
+    labels = [tick.get_text() for tick in figure.axes[0].get_xticklabels()]
+    assert labels[0] == "0"
+    assert labels[-1] == "main"
+    powers = [label for label in labels if label in ("1", "10", "100", "1k", "10k", "100k")]
+    assert len(powers) == len(labels) - 2 >= 2
+    exponents = [("1", "10", "100", "1k", "10k", "100k").index(label) for label in powers]
+    assert len(set(np.diff(exponents))) == 1 or len(exponents) == 2
+
+
 # --- heatmaps -------------------------------------------------------------------------------------------------------
 
 
@@ -203,6 +219,14 @@ def test_the_three_panels_share_one_scale_and_layer_0_has_another():
     assert "importance 1 − cos(X, Y)\nlayers 1–3" in labels
     assert "layer 0" in labels
     assert figure.get_suptitle() == "org/model: importance over training"
+
+
+def test_titles_of_one_checkpoint_name_it():
+    one = fake_scores([143000])
+    assert plot_training_heatmaps(one).get_suptitle() == "org/model: importance at step143000"
+    assert plot_depths(one).get_suptitle() == "org/model: cosine similarity over depth at step143000"
+    assert plot_loss(one).get_title() == "org/model: loss at step143000"
+    assert plot_loss(fake_scores([0, 1])).get_title() == "org/model: loss over training"
 
 
 def test_light_is_redundant_for_every_metric_that_has_a_redundant_value():
@@ -260,6 +284,47 @@ def test_axes_in_axes_out():
     assert figure.axes == list(axes)
     figure.canvas.draw()
     plt.close(figure)
+
+
+@pytest.mark.parametrize("layout", ["constrained", "tight", None])
+def test_in_axes_of_ones_own_nothing_lies_on_the_picture(layout):
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4), layout=layout)
+    scores = fake_scores(PYTHIA_STEPS[:14], n_layers=12)
+    plot_heatmap(scores, ax=axes[0])
+    plot_depth(scores, ax=axes[1])
+    figure.canvas.draw()
+    renderer = figure.canvas.get_renderer()
+    boxes = [ax.get_window_extent(renderer) for ax in figure.axes]
+    assert len(boxes) == 5, "two pictures, two bars of the heatmap and one of the curves"
+    assert sum(a.overlaps(b) for a in boxes for b in boxes) == len(boxes)
+    for ax in figure.axes[2:]:  # what names a bar lies on none of the pictures
+        words = [ax.yaxis.label, *(tick.label2 for tick in ax.yaxis.get_major_ticks())]
+        extents = [word.get_window_extent(renderer) for word in words if word.get_text()]
+        assert not any(extent.overlaps(box) for extent in extents for box in boxes)
+    assert boxes[0].width > 0.5 * figure.bbox.width / 3
+    plt.close(figure)
+
+
+def test_axes_placed_by_hand_have_their_bars():
+    figure = plt.figure()
+    ax = plot_heatmap(fake_scores([0, 1, 2]), ax=figure.add_axes((0.1, 0.1, 0.8, 0.8)))
+    figure.canvas.draw()
+    boxes = [one.get_window_extent() for one in figure.axes]
+    assert ax is figure.axes[0]
+    assert sum(a.overlaps(b) for a in boxes for b in boxes) == len(boxes) == 3
+    plt.close(figure)
+
+
+@pytest.mark.parametrize(
+    ("draw", "inches"), [(plot_heatmap, 3.4), (plot_depth, 3.4), (plot_loss, 3.4), (plot_training_heatmaps, 7.0)]
+)
+def test_what_is_drawn_shows_itself_in_a_notebook(draw, inches):
+    drawn = draw(fake_scores([0, 1, 2]))
+    png, size = drawn._repr_png_()
+    assert png[:8] == b"\x89PNG\r\n\x1a\n"
+    assert size["width"] == round(100 * inches)
+    pixels = [int.from_bytes(png[at : at + 4]) for at in (16, 20)]
+    assert pixels == [2 * size["width"], 2 * size["height"]], "sharp on a screen of twice the density"
 
 
 def test_unknown_metrics_and_components_are_refused():
@@ -320,7 +385,8 @@ def test_every_frame_can_be_drawn(scores, tmp_path):
 
 def test_the_csv_holds_exactly_what_is_shown(tmp_path):
     scores = FRAMES["holes and a final model"]()
-    draw_figures(scores, tmp_path, formats=["png"])
+    written = draw_figures(scores, str(tmp_path), formats=["png"])
+    assert all(path.parent == tmp_path for path in written)
     for name, metric in (("importance", "importance"), ("similarity-depth", "cosine_similarity"), ("loss", "loss")):
         table = pl.read_csv(tmp_path / f"{name}.csv", infer_schema_length=None)
         values = metric_values(scores, metric)

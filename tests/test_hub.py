@@ -124,8 +124,21 @@ def test_lasting_server_error_is_told(served: LoopbackHub, tmp_path: Path) -> No
 
 
 def test_unknown_repository(loopback_hub: LoopbackHub) -> None:
-    with pytest.raises(InputError, match=r"org/nope was not found .*HF_TOKEN .*\./org/nope"):
+    with pytest.raises(InputError, match=r"org/nope was not found .*HF_TOKEN .*no folder org/nope here either"):
         Hub(loopback_hub.url).refs("org/nope")
+
+
+def test_unknown_repository_may_be_a_mistyped_folder(
+    loopback_hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "runs" / "my-run").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for name, meant in (("rnus", "./runs"), ("runs/my-rum", "./runs/my-run")):
+        with pytest.raises(InputError, match=f"no folder {name} here either; did you mean {meant}\\?"):
+            Hub(loopback_hub.url).refs(name)
+    with pytest.raises(InputError, match="was not found") as told:
+        Hub(loopback_hub.url).refs("org/text", "dataset")
+    assert "folder" not in str(told.value)
 
 
 def test_private_repository_looks_unknown(loopback_hub: LoopbackHub) -> None:

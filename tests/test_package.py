@@ -16,6 +16,8 @@ PACKAGE = Path(rt.__file__).parent
 # A module imports only modules named before it.
 ORDER = (
     "errors",
+    "versions",
+    "writing",
     "metrics",
     "settings",
     "progress",
@@ -35,7 +37,7 @@ ORDER = (
     "cli",
 )
 # What runs on a laptop from a folder that a cluster wrote.
-LIGHT = ("errors", "metrics", "settings", "store", "analysis", "figures")
+LIGHT = ("errors", "versions", "writing", "metrics", "settings", "store", "analysis", "figures")
 
 
 def files_of(module):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+from pathlib import Path
 
 import pytest
 
@@ -31,7 +32,7 @@ def test_every_setting_says_whether_it_changes_a_number():
 
 
 def test_every_setting_is_a_flag_of_the_sweep_and_no_other():
-    parameters = [p for p in inspect.signature(cli._sweep).parameters.values() if p.name != "ctx"]
+    parameters = [p for p in inspect.signature(cli._sweep).parameters.values() if p.name not in ("ctx", "version")]
     assert {p.name: p.default for p in parameters} == {field.name: field.default for field in FIELDS}
 
 
@@ -69,12 +70,30 @@ def test_what_cannot_be_is_refused(fields, message):
 
 
 def test_keywords_of_the_python_call(tmp_path):
-    settings = settings_from({"model": tmp_path, "out": str(tmp_path / "run"), "samples": 3})
-    assert settings == TraceSettings(model=str(tmp_path), out=tmp_path / "run", samples=3)
+    paths = {"model": tmp_path, "tokenizer": tmp_path / "x", "calibration": tmp_path / "text.txt"}
+    expected = TraceSettings(**{name: str(path) for name, path in paths.items()}, out=tmp_path / "run", samples=3)
+    assert settings_from({**paths, "out": tmp_path / "run", "samples": 3}) == expected
+    assert (
+        settings_from({name: str(path) for name, path in paths.items()} | {"out": str(tmp_path / "run"), "samples": 3})
+        == expected
+    )
     with pytest.raises(InputError, match=r"no setting 'sampels'\. Did you mean samples\?"):
         settings_from({"model": "me/model", "sampels": 3})
     with pytest.raises(InputError, match=r"no setting 'xyz'\. Known: model, revisions"):
         settings_from({"model": "me/model", "xyz": 3})
+
+
+def test_the_python_call_shows_its_settings_to_help_and_completion():
+    import redundancy_trace as rt
+
+    parameters = inspect.signature(rt.trace).parameters
+    assert {name: p.default for name, p in parameters.items()} == {field.name: field.default for field in FIELDS}
+    assert [name for name, p in parameters.items() if p.kind is not p.KEYWORD_ONLY] == ["model"]
+    assert (parameters["samples"].annotation, parameters["out"].annotation) == (int, Path | None | str)
+    for field in FIELDS:
+        assert f"\n    {field.name}: {field.metadata['help'].split()[0]}" in rt.trace.__doc__
+    with pytest.raises(InputError, match=r"no setting 'sampels'\. Did you mean samples\?"):
+        rt.trace("me/model", sampels=3)
 
 
 def test_help_shows_every_flag(capsys):

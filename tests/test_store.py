@@ -2,6 +2,8 @@
 
 import errno
 import json
+import os
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +11,7 @@ import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
 
-from redundancy_trace import store
+from redundancy_trace import store, writing
 from redundancy_trace.errors import InputError
 from redundancy_trace.metrics import COMPONENTS, Distance, ModelScores, Value
 from redundancy_trace.store import DISTANCE_SCHEMA, SCORE_SCHEMA, CalibrationRecord, Labels, Run
@@ -77,6 +79,8 @@ def test_what_is_written_is_read_back(tmp_path):
     assert (loss["layer"], loss["component"], loss["value"], loss["stderr"]) == (None, "model", 3.5, None)
     distances = store.read_distances(tmp_path)
     assert dict(distances.schema) == DISTANCE_SCHEMA
+    assert_frame_equal(store.read_scores(str(tmp_path)), read)
+    assert_frame_equal(store.read_distances(str(tmp_path)), distances)
     assert distances.select("layer", "to_layer", "metric", "value", "n_tokens").rows() == [
         (0, 1, "angular_distance", 0.25, 32)
     ]
@@ -202,6 +206,33 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch, fault):
         assert "same command again" in str(raised.value)
 
 
+def test_half_written_files_of_killed_processes_are_removed(tmp_path):
+    begin(tmp_path)
+    store.write_part(tmp_path, labels(), scores())
+    store.write_failure(tmp_path, labels("step2"), "?")
+    whole = {path for path in tmp_path.rglob("*") if path.is_file()}
+    old, fresh = [], []
+    for number, folder in enumerate(("scores", "distances", "failures", "figures", ".")):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        for age, left in ((3601.0, old), (3000.0, fresh)):
+            left.append(writing.part_of(tmp_path / folder / f"{number}.parquet"))
+            left[-1].write_bytes(b"PAR1")
+            os.utime(left[-1], (time.time() - age,) * 2)
+    store.tidy_run(tmp_path)
+    assert {path for path in tmp_path.rglob("*") if path.is_file()} == whole | set(fresh)
+    store.tidy_run(tmp_path / "nowhere")
+
+
+def test_a_file_that_is_there_stays_where_it_is_not_to_be_replaced(tmp_path):
+    file = tmp_path / "a" / "file"
+    assert writing.write_whole(file, lambda part: part.write_text("first"), replace=False) == file
+    writing.write_whole(file, lambda part: part.write_text("second"), replace=False)
+    assert file.read_text() == "first"
+    writing.write_whole(file, lambda part: part.write_text("third"))
+    assert file.read_text() == "third"
+    assert list(file.parent.iterdir()) == [file]
+
+
 def test_the_scores_are_the_mark_of_done(tmp_path, monkeypatch):
     """A kill between the two files leaves a checkpoint that is not done, never one without distances."""
     begin(tmp_path)
@@ -306,7 +337,7 @@ def test_a_run_that_nothing_went_through_is_withdrawn(tmp_path):
 
     def started():
         run = begin(folder)
-        store.write_array(folder / "token_ids.npy", np.zeros((1, 2), dtype=np.int64))
+        np.save(folder / "token_ids.npy", np.zeros((1, 2), dtype=np.int64))
         write_listing(folder, [])
         return run
 

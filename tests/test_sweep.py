@@ -1,5 +1,6 @@
 """The order of the work: what is asked of the Hub, what is scored again and what is not, what a fault leaves."""
 
+import errno
 import hashlib
 import json
 import os
@@ -175,6 +176,33 @@ def test_nothing_is_scored_twice(tiny_run, tmp_path, no_figures, scored):
     assert calibrations == ["pydoc 4x32", "pydoc 2x32"]
 
 
+def test_the_python_call_returns_the_rows_of_its_own_calibration(tiny_run, tmp_path, no_figures):
+    def call(**settings):
+        return rt.trace(tiny_run, out=tmp_path / "run", calibration="pydoc", sequence_length=32, quiet=True, **settings)
+
+    first = call(samples=4, revisions="0..2")
+    second = call(samples=2, revisions="0..1")
+    assert (set(first["calibration"]), set(second["calibration"])) == ({"pydoc 4x32"}, {"pydoc 2x32"})
+    assert second["step"].unique().sort().to_list() == [0, 1]
+    assert_frame_equal(call(samples=4, revisions="checkpoint-0"), first)
+    assert len(rt.read_scores(tmp_path / "run")) == len(first) + len(second)
+
+
+def test_the_demo_is_called_demo(tiny_run, tmp_path, no_figures, monkeypatch):
+    trained = []
+    monkeypatch.setattr("redundancy_trace.demo.demo_checkpoints", lambda on_step: trained.append(1) or tiny_run)
+    monkeypatch.chdir(tmp_path)
+    scores = rt.trace(demo=True, samples=4, sequence_length=32, quiet=True)
+    assert set(scores["model"]) == {"demo"}
+    kept = json.loads((tmp_path / "runs" / "demo" / "settings.json").read_text())
+    assert (kept["model"], kept["settings"]["demo"], kept["settings"]["model"]) == ("demo", True, None)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "thesis.tex").touch()
+    with pytest.raises(InputError, match="is not empty"):
+        rt.trace(demo=True, out="taken", quiet=True)
+    assert len(trained) == 1, "what cannot be used is told before the training"
+
+
 def test_tokens_per_step_may_be_given_and_changed_later(tiny_run, tmp_path, no_figures, scored):
     arguments = ["--model", str(tiny_run), "--out", str(tmp_path / "run"), "--quiet", *PYDOC]
 
@@ -238,7 +266,8 @@ def test_broken_ones_among_good_ones(copied, undisturbed, tmp_path, no_figures, 
     assert cli.run(arguments) == 1
     told = capsys.readouterr()
     assert "Traceback" not in told.err
-    assert "4 of 5 checkpoints could not be scored; they are tried again next time." in told.err
+    summary = "4 of 5 checkpoints could not be scored, for the reasons above: "
+    assert re.search(rf"{summary}(checkpoint-\d, ){{3}}checkpoint-\d\. They are tried again next time\.$", told.err)
     reasons = {failure["revision"]: failure["reason"] for failure in read_failures(out)}
     assert set(reasons) == {"checkpoint-0", "checkpoint-1", "checkpoint-4", "checkpoint-8"}
     assert "truncated" in reasons["checkpoint-0"]
@@ -246,7 +275,7 @@ def test_broken_ones_among_good_ones(copied, undisturbed, tmp_path, no_figures, 
     assert missing in reasons["checkpoint-4"]
     assert "no valid JSON" in reasons["checkpoint-8"]
     for name, reason in reasons.items():
-        assert f"{name}: {reason}" in told.err
+        assert told.err.count(f"{name}: not scored: {reason}") == told.err.count(reason) == 1
     assert "checkpoint-2" in told.out
     assert rt.read_scores(out)["step"].unique().to_list() == [2]
 
@@ -259,6 +288,35 @@ def test_broken_ones_among_good_ones(copied, undisturbed, tmp_path, no_figures, 
     assert sorted(scored) == ["checkpoint-0", "checkpoint-1", "checkpoint-4", "checkpoint-8"]
     assert not list((out / "failures").iterdir())
     assert_frame_equal(rt.read_scores(out), undisturbed)
+
+
+def test_files_that_cannot_be_read_are_a_failure_like_others(tiny_run, tmp_path, no_figures, monkeypatch, capsys):
+    out, real = tmp_path / "run", hashlib.file_digest
+
+    def refused(stream, digest):
+        if "checkpoint-2" in stream.name:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return real(stream, digest)
+
+    arguments = ["--model", str(tiny_run), "--out", str(out), *PYDOC]
+    with monkeypatch.context() as patch:
+        patch.setattr(hashlib, "file_digest", refused)
+        assert cli.run(arguments) == 1
+        told = capsys.readouterr().err
+    assert re.search(r"\[1/5\] checkpoint-2: not scored: .*checkpoint-2/\S+ cannot be read: Permission denied\.", told)
+    assert "[5/5]" in told
+    (failure,) = read_failures(out)
+    assert (failure["revision"], failure["step"], failure["commit"]) == ("checkpoint-2", 2, None)
+    assert "Permission denied" in failure["reason"]
+    assert cli.run(arguments) == 0
+    assert not read_failures(out)
+    with monkeypatch.context() as patch:
+        patch.setattr(hashlib, "file_digest", refused)
+        os.utime(tiny_run / "checkpoint-2" / "config.json")
+        assert cli.run(arguments) == 1
+    assert len(read_failures(out)) == 1
+    assert cli.run(arguments) == 0
+    assert not read_failures(out), "its scores were there before"
 
 
 def test_all_broken(copied, tmp_path, no_figures, capsys):
@@ -329,6 +387,10 @@ def test_many_failures_are_told_in_a_few_lines(tmp_path):
     assert lines[0].startswith("154 of 157 checkpoints")
     assert len(lines) == 22
     assert lines[-1] == f"  and 134 more; all of them are in {tmp_path / 'failures'}"
+    (line,) = sweep.failure_summary(result, told=True).splitlines()
+    assert "truncated" not in line
+    assert line.count("step") == 20
+    assert f"step19, and 134 more; all of them are in {tmp_path / 'failures'}. They are tried again" in line
 
 
 @pytest.mark.parametrize("beyond", [False, True], ids=["too long", "ids beyond the rows"])

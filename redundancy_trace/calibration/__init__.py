@@ -5,7 +5,7 @@
 """
 
 from redundancy_trace.calibration.batches import check_ids, check_length, token_hash
-from redundancy_trace.calibration.loading import Calibration, load_calibration
+from redundancy_trace.calibration.loading import DEFAULT_SEQUENCE_LENGTH, Calibration, load_calibration
 from redundancy_trace.calibration.tokenizers import (
     TokenizerSource,
     find_tokenizer,
@@ -14,6 +14,7 @@ from redundancy_trace.calibration.tokenizers import (
 )
 
 __all__ = [
+    "DEFAULT_SEQUENCE_LENGTH",
     "Calibration",
     "TokenizerSource",
     "check_ids",

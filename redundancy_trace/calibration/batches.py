@@ -62,10 +62,11 @@ def cut_sequences(
 
 
 def first_sequences(array: np.ndarray, *, samples: int, sequence_length: int, name: str) -> np.ndarray:
-    """The first N rows and T columns of the user's own token ids.
+    """The first N sequences of the user's own token ids, T of each.
 
     Args:
-        array: Shape (sequences, length), any integer dtype.
+        array: Shape (sequences, length): the first rows and columns are taken; or flat: cut one after the other. Any
+            integer dtype.
         samples: N.
         sequence_length: T.
         name: How the array is called in an error.
@@ -74,13 +75,15 @@ def first_sequences(array: np.ndarray, *, samples: int, sequence_length: int, na
         Shape (N, T), int64.
 
     Raises:
-        InputError: Not two axes of non-negative integers, or smaller than asked.
+        InputError: Not one or two axes of non-negative integers, or smaller than asked.
     """
-    if array.ndim != 2 or array.dtype.kind not in "iu":
+    if array.ndim not in (1, 2) or array.dtype.kind not in "iu":
         raise InputError(
             f"{name} is {array.dtype} of shape {array.shape}; token ids are an integer array of shape "
-            "(sequences, length)."
+            "(sequences, length), or a flat one that is cut into sequences."
         )
+    if array.ndim == 1:
+        array = _cut(array, samples, sequence_length, name)
     rows, columns = array.shape
     if rows < samples or columns < sequence_length:
         fits = f"--samples {min(rows, samples)} --sequence-length {min(columns, sequence_length)}"
@@ -141,6 +144,18 @@ def check_length(sequence_length: int, max_positions: int | None) -> None:
             f"--sequence-length {sequence_length:,} is longer than the model's {max_positions:,} positions. "
             f"Try --sequence-length {max_positions}."
         )
+
+
+def _cut(flat: np.ndarray, samples: int, sequence_length: int, name: str) -> np.ndarray:
+    """The first N sequences of T ids, of ids without rows."""
+    count = flat.size // sequence_length
+    if count < samples:
+        fits = f"--samples {count}" if count else f"--samples 1 --sequence-length {flat.size}"
+        raise InputError(
+            f"{name} has {flat.size:,} token ids; --samples {samples} --sequence-length {sequence_length} needs "
+            f"{samples * sequence_length:,}." + (f" {fits} would fit." if flat.size > 1 else "")
+        )
+    return flat[: samples * sequence_length].reshape(samples, sequence_length)
 
 
 def _too_few(name: str, found: int, samples: int, sequence_length: int, fresh: int) -> str:

@@ -6,9 +6,7 @@ of the same name beside it says what they were made from, so that the same call 
 
 import hashlib
 import json
-import os
-import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,9 @@ from redundancy_trace.calibration.texts import Piece, pydoc_topics, text_file, w
 from redundancy_trace.calibration.tokenizers import TokenizerSource, encode, find_tokenizer, prefix_ids
 from redundancy_trace.errors import InputError, TraceError
 from redundancy_trace.hub import Hub
+from redundancy_trace.writing import write_whole
 
+DEFAULT_SEQUENCE_LENGTH = 512
 _KNOWN = "pydoc, c4, FILE.txt, tokens:FILE.npy, hf:NAME[:config][:split][:column]"
 
 
@@ -44,7 +44,7 @@ def load_calibration(
     name: str,
     *,
     samples: int,
-    sequence_length: int,
+    sequence_length: int | None = None,
     tokenizer: str | None = None,
     candidates: Sequence[TokenizerSource] = (),
     hub: Hub | None = None,
@@ -58,10 +58,10 @@ def load_calibration(
 
     Args:
         name: `pydoc` (every topic of `pydoc_data.topics`), `c4` (allenai/c4, English, validation), `hf:NAME[:config]
-            [:split][:column]`, `tokens:FILE.npy` (the first rows and columns of an integer array), or the path of a
-            UTF-8 text (one document).
+            [:split][:column]`, `tokens:FILE.npy` (the first rows and columns of an integer array, or a flat one, cut
+            into sequences), or the path of a UTF-8 text (one document).
         samples: N, number of sequences.
-        sequence_length: T, tokens in each.
+        sequence_length: T, tokens in each; None = as long as the rows of `tokens:FILE.npy`, 512 of anything else.
         tokenizer: Repository or folder that the user named; then no other place is looked at.
         candidates: Where the tokenizer may be, in order.
         hub: Where repositories come from.
@@ -76,6 +76,8 @@ def load_calibration(
         InputError: The text, the tokenizer or enough tokens are not there; says what is, and what would fit.
     """
     hub = hub or Hub()
+    if sequence_length is None:
+        sequence_length = _own_length(name)
     made_from: dict[str, Any] = {
         "calibration": name,
         "samples": samples,
@@ -87,8 +89,10 @@ def load_calibration(
         return Calibration(name, kept, token_hash(kept))
     if name.startswith("tokens:"):
         path = _path(name)
+        assert sequence_length is not None  # the file is there
         ids = first_sequences(_array(path), samples=samples, sequence_length=sequence_length, name=str(path))
     else:
+        assert sequence_length is not None
         pieces = _pieces(name, hub)
         loaded = find_tokenizer(candidates, named=tokenizer, hub=hub, trust_remote_code=trust_remote_code)
         ids = cut_sequences(
@@ -108,9 +112,22 @@ def load_calibration(
 def _pieces(name: str, hub: Hub) -> Iterator[Piece]:
     if name == "pydoc":
         return whole(pydoc_topics())
-    if name == "c4" or name.startswith("hf:"):
-        return dataset_pieces(DatasetName.parse(C4 if name == "c4" else name), hub)
+    if name == "c4":
+        return _c4(hub)
+    if name.startswith("hf:"):
+        return dataset_pieces(DatasetName.parse(name), hub)
     return text_file(_path(name))
+
+
+def _c4(hub: Hub) -> Iterator[Piece]:
+    """The default text: whoever did not ask for it must hear what it is, and what may stand in its place."""
+    try:
+        yield from dataset_pieces(DatasetName.parse(C4), hub)
+    except InputError as error:
+        raise InputError(
+            f"The calibration c4, the default for Hub models, cannot be had. {error}\nGive another: --calibration "
+            "pydoc (text that every Python carries, no download), or --calibration FILE.txt (text of your own)."
+        ) from error
 
 
 def _path(name: str) -> Path:
@@ -133,6 +150,16 @@ def _array(path: Path) -> np.ndarray:
     if not isinstance(array, np.ndarray):
         raise InputError(f"{path} holds several arrays; write the ids alone with numpy.save.")
     return array
+
+
+def _own_length(name: str) -> int | None:
+    """T where the user gave none; None if it is that of a file that is not here, though the run may have its ids."""
+    if not name.startswith("tokens:"):
+        return DEFAULT_SEQUENCE_LENGTH
+    if not Path(name.removeprefix("tokens:")).expanduser().exists():
+        return None
+    array = _array(_path(name))
+    return max(2, array.shape[1]) if array.ndim == 2 else DEFAULT_SEQUENCE_LENGTH
 
 
 def _file_hash(name: str) -> str | None:
@@ -177,13 +204,12 @@ def _keep(run: Path, ids: np.ndarray, made_from: dict[str, Any]) -> None:
     """Write ids and record into the run, each under another name first."""
     sha256 = token_hash(ids)
     try:
-        run.mkdir(parents=True, exist_ok=True)
         file = run / "token_ids.npy"
         if not _is_first(file, ids, sha256):
             file = run / f"token_ids-{sha256[:12]}.npy"
-            _write(file, lambda path: _save(path, ids), replace=True)
+            write_whole(file, lambda path: _save(path, ids))
         text = json.dumps({**made_from, "sha256": sha256}, indent=2) + "\n"
-        _write(file.with_suffix(".json"), lambda path: path.write_text(text, encoding="utf-8"), replace=True)
+        write_whole(file.with_suffix(".json"), lambda path: path.write_text(text, encoding="utf-8"))
     except OSError as error:
         raise TraceError(f"The token ids cannot be kept in {run}: {error.strerror or error}.") from error
 
@@ -191,7 +217,7 @@ def _keep(run: Path, ids: np.ndarray, made_from: dict[str, Any]) -> None:
 def _is_first(file: Path, ids: np.ndarray, sha256: str) -> bool:
     """Whether `token_ids.npy` holds these ids, written now unless another calibration (or process) has it."""
     if not file.exists():
-        _write(file, lambda path: _save(path, ids), replace=False)
+        write_whole(file, lambda path: _save(path, ids), replace=False)
     try:
         return token_hash(np.load(file, allow_pickle=False)) == sha256
     except (ValueError, EOFError):
@@ -201,21 +227,3 @@ def _is_first(file: Path, ids: np.ndarray, sha256: str) -> bool:
 def _save(path: Path, ids: np.ndarray) -> None:
     with path.open("wb") as file:
         np.save(file, ids)
-
-
-def _write(file: Path, write: Callable[[Path], object], *, replace: bool) -> None:
-    """Write beside the file, then put it there in one step; without `replace`, one that is there stays."""
-    part = file.with_name(f".{file.name}.{os.getpid()}-{secrets.token_hex(4)}")
-    try:
-        write(part)
-        if replace:
-            part.replace(file)
-            return
-        try:
-            os.link(part, file)  # unlike a rename it fails where another process was faster
-        except FileExistsError:
-            return
-        except OSError:  # a file system without hard links
-            part.replace(file)
-    finally:
-        part.unlink(missing_ok=True)

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 # One of them makes a tokenizer; the others only describe it.
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+_NONE_OF = f"has no tokenizer (none of {', '.join(_VOCABULARIES)})."
+# Places without a tokenizer that are named, where many have none for one reason.
+_PLACES_TOLD = 3
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,15 @@ class TokenizerSource:
     def __str__(self) -> str:
         pinned = isinstance(self.place, str) and self.revision != "main"
         return f"{self.place} at {self.revision[:12]}" if pinned else str(self.place)
+
+
+class _NoTokenizer(InputError):
+    """A place without a tokenizer that can be loaded: its name, then the reason."""
+
+    def __init__(self, source: TokenizerSource, reason: str) -> None:
+        super().__init__(f"{source} {reason}")
+        self.place = str(source)
+        self.reason = reason
 
 
 def find_tokenizer(
@@ -55,15 +67,15 @@ def find_tokenizer(
     if named is not None:
         place = Path(named).expanduser() if is_local(named) else named
         candidates = [TokenizerSource(place)]
-    tried = []
+    tried: list[InputError] = []
     for source in dict.fromkeys(candidates):
         try:
             return load_tokenizer(source, hub, trust_remote_code=trust_remote_code)
         except InputError as error:
-            tried.append(str(error))
+            tried.append(error)
     if named is not None:
         raise InputError(f"--tokenizer {named}: {tried[0]}")
-    looked = "".join(f"\n  {line}" for line in tried) or " (nowhere to look)"
+    looked = "".join(f"\n  {line}" for line in _folded(tried)) or " (nowhere to look)"
     raise InputError(
         f"No tokenizer was found:{looked}\nName a repository or folder that has one with --tokenizer, or give token "
         "ids with --calibration tokens:FILE.npy."
@@ -78,16 +90,17 @@ def load_tokenizer(source: TokenizerSource, hub: Hub, *, trust_remote_code: bool
     """
     folder = source.place if isinstance(source.place, Path) else _fetched(source, hub, code=trust_remote_code)
     if not folder.is_dir():
-        raise InputError(f"{folder} is no folder.")
+        raise _NoTokenizer(source, "is no folder.")
     present = sorted(path.name for path in folder.iterdir())
     if not any(name in present for name in _VOCABULARIES):
-        raise InputError(f"{source} has no tokenizer (none of {', '.join(_VOCABULARIES)}).")
+        raise _NoTokenizer(source, _NONE_OF)
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:  # a broken file raises whatever its parser does
-        raise InputError(f"{source} has a tokenizer that transformers cannot load: {first_line(error)}") from error
+        reason = f"has a tokenizer that transformers cannot load: {first_line(error)}"
+        raise _NoTokenizer(source, reason) from error
 
 
 def prefix_ids(tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
@@ -107,6 +120,22 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     return ids
 
 
+def _folded(errors: Sequence[InputError]) -> list[str]:
+    """One line for each reason, however many places it holds for."""
+    places: dict[str, list[str]] = {}
+    for error in errors:
+        if isinstance(error, _NoTokenizer):
+            places.setdefault(error.reason, []).append(error.place)
+        else:  # says itself which repository it is about
+            places.setdefault(str(error), [])
+    lines = []
+    for reason, (first, *others) in ((reason, found or [""]) for reason, found in places.items()):
+        named = ", ".join(others[:_PLACES_TOLD]) + (" …" if len(others) > _PLACES_TOLD else "")
+        also = f" The same holds of {len(others)} more: {named}" if others else ""
+        lines.append(f"{first} {reason}{also}".strip())
+    return lines
+
+
 def _fetched(source: TokenizerSource, hub: Hub, *, code: bool) -> Path:
     """The folder in the user's Hub cache that holds the tokenizer files of a repository."""
     repo = str(source.place)
@@ -114,7 +143,7 @@ def _fetched(source: TokenizerSource, hub: Hub, *, code: bool) -> Path:
     files = hub.files(repo, commit)
     wanted = [file.path for file in (*tokenizer_files(files), *_beside(files, code=code))]
     if not any(path in _VOCABULARIES for path in wanted):
-        raise InputError(f"{source} has no tokenizer (none of {', '.join(_VOCABULARIES)}).")
+        raise _NoTokenizer(source, _NONE_OF)
     paths = [hub.cached_file(repo, path, commit) for path in wanted]
     hub.keep_ref(repo, source.revision, commit)
     return paths[wanted.index(next(path for path in wanted if path in _VOCABULARIES))].parent

@@ -19,7 +19,7 @@ PARALLEL_TREES = 8
 
 
 def list_checkpoints(
-    model: str,
+    model: str | Path,
     revisions: str = "log:20",
     *,
     endpoint: str | None = None,
@@ -46,7 +46,7 @@ def list_checkpoints(
     Raises:
         InputError: No such model, no access, no network, or a selector that selects nothing.
     """
-    model = model.strip()
+    model = str(model).strip()
     if is_local(model):
         ordered = in_training_order(local_checkpoints(model, remembered or {}))
         placed = _with_tokens(ordered, tokens_per_step)
@@ -55,6 +55,8 @@ def list_checkpoints(
     found = _with_tokens(in_training_order(_refs(hub, model)), tokens_per_step)
     for commit in full_commits(selector_items(revisions), found):
         found += (Checkpoint(name=commit, kind="other", commit=hub.resolve(model, commit)),)
+    if not found and hub.is_offline:
+        raise InputError(_nothing_named(model, hub.cached_commits(model)))
     return Listing(model, "hub", _with_files(hub, model, _with_choice(found, revisions, model), known))
 
 
@@ -103,6 +105,17 @@ def _refs(hub: Hub, repo: str) -> list[Checkpoint]:
         )
         found.setdefault(ref.name, checkpoint)
     return list(found.values())
+
+
+def _nothing_named(repo: str, commits: Sequence[str]) -> str:
+    """What may be typed where the cache recorded no revision of a repository by name."""
+    if not commits:
+        return f"The Hub cache holds no files of {repo}. Leave out --offline to download them."
+    shown = ", ".join(commits[:5]) + (f" and {len(commits) - 5} more" if len(commits) > 5 else "")
+    return (
+        f"The Hub cache holds no named revision of {repo}, only the commits {shown}. Choose among them, as in "
+        f"--revisions {commits[0]}, or leave out --offline to ask the Hub for names."
+    )
 
 
 def _with_tokens(checkpoints: Sequence[Checkpoint], tokens_per_step: int | None) -> tuple[Checkpoint, ...]:

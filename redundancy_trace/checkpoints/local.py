@@ -14,6 +14,8 @@ from redundancy_trace.hub import RepoFile
 
 FileKey = tuple[str, int, int]  # absolute path, size, mtime_ns: while they stay, so does the content
 _REPO_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+# What a training calls a folder that it is still writing: `tmp-checkpoint-500`, `step500-tmp`, `checkpoint-500.part`.
+_UNFINISHED = re.compile(r"\..*|(?:tmp|temp)[-_.].*|.*[-_.](?:tmp|temp|part|partial|incomplete)", re.IGNORECASE)
 
 
 def is_local(model: str) -> bool:
@@ -47,7 +49,9 @@ def local_checkpoints(model: str, remembered: Mapping[FileKey, str]) -> tuple[Ch
     except OSError as error:
         raise InputError(f"{model} cannot be read: {error.strerror} ({error.filename}).") from error
     if not found:
-        raise InputError(f"{model} holds no checkpoint. {_what_is_there(folder)} {_WHAT_IS_EXPECTED}")
+        unfinished = any(_UNFINISHED.fullmatch(path.name) for path in folder.iterdir() if path.is_dir())
+        hidden = " Folders of unfinished saves, such as tmp-checkpoint-1000, are left out." if unfinished else ""
+        raise InputError(f"{model} holds no checkpoint. {_what_is_there(folder)} {_WHAT_IS_EXPECTED}{hidden}")
     if not any(checkpoint.format for checkpoint in found):
         names = ", ".join(checkpoint.name for checkpoint in found[:3])
         raise InputError(f"{model} holds no weights ({names}). {_what_is_there(found[0].path)} {_WEIGHT_NAMES}")
@@ -55,7 +59,7 @@ def local_checkpoints(model: str, remembered: Mapping[FileKey, str]) -> tuple[Ch
 
 
 def _found(folder: Path, remembered: Mapping[FileKey, str]) -> list[Checkpoint]:
-    subfolders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    subfolders = sorted(path for path in folder.iterdir() if path.is_dir() and not _UNFINISHED.fullmatch(path.name))
     found = [
         _checkpoint(path, remembered)
         for path in subfolders

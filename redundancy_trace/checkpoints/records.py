@@ -81,7 +81,7 @@ ROW_FIELDS = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Listing:
     """Every ref of a model in training order, refs without a place in it last.
 
@@ -105,6 +105,15 @@ class Listing:
 
     def __iter__(self) -> Iterator[Checkpoint]:
         return iter(self.checkpoints)
+
+    def __repr__(self) -> str:
+        names = [checkpoint.name for checkpoint in self.chosen]
+        which = f", {names[0]} … {names[-1]}" if len(names) > 1 else f", {names[0]}" if names else ""
+        return f"Listing({self.model!r}: {len(self)} refs, {len(names)} chosen{which})"
+
+    def _repr_html_(self) -> str:
+        """The table, in a notebook."""
+        return str(self.to_frame()._repr_html_())
 
     def to_json_rows(self) -> list[dict[str, Any]]:
         """One object a ref, as `trace list --json` prints them; unknown is None."""

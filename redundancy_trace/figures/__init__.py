@@ -1,10 +1,10 @@
 """The pictures of a run, drawn from its scores alone; no torch, no network.
 
 Every `plot_` function that takes `ax` draws there and returns it; without one it draws in a figure outside pyplot
-(`.figure` of what it returns). rcParams and pyplot's figures stay as the caller left them.
+(`.figure` of what it returns), which a notebook shows where it is the last value of a cell. rcParams and pyplot's
+figures stay as the caller left them.
 """
 
-import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +19,7 @@ from redundancy_trace.figures.curves import plot_depth, plot_depths, plot_loss
 from redundancy_trace.figures.heatmaps import plot_heatmap, plot_training_heatmaps
 from redundancy_trace.figures.style import FORMATS, paper_style
 from redundancy_trace.metrics import IMPORTANCE, LOSS
+from redundancy_trace.writing import write_whole
 
 __all__ = [
     "FIGURES",
@@ -73,7 +74,7 @@ FIGURES: dict[str, FigureKind] = {
 
 def draw_figures(
     scores: pl.DataFrame,
-    folder: Path,
+    folder: str | Path,
     names: Iterable[str] | None = None,
     formats: Iterable[str] = ("png", "pdf"),
 ) -> list[Path]:
@@ -99,6 +100,7 @@ def draw_figures(
     names = list(names)
     _refuse_unknown("figure", names, FIGURES)
     _refuse_unknown("format", formats, FORMATS)
+    folder = Path(folder).expanduser()
     written = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -109,8 +111,8 @@ def draw_figures(
                 figure = kind.draw(scores)
                 for form in formats:
                     save = partial(figure.savefig, format=form, metadata=FORMATS[form])
-                    written.append(_write(folder / f"{name}.{form}", save))
-            written.append(_write(folder / f"{name}.csv", numbers.write_csv))
+                    written.append(write_whole(folder / f"{name}.{form}", save))
+            written.append(write_whole(folder / f"{name}.csv", numbers.write_csv))
     except OSError as error:
         raise InputError(
             f"Figures cannot be written to {folder}: {error.strerror or error}. Name a folder that can be written."
@@ -125,13 +127,3 @@ def _refuse_unknown(what: str, wanted: list[str], known: Iterable[str]) -> None:
             near = nearest(name, known, count=1)
             hint = f" Did you mean {near[0]}?" if near else ""
             raise InputError(f"There is no {what} {name!r}. Known: {', '.join(known)}.{hint}")
-
-
-def _write(path: Path, save: Callable[[Path], object]) -> Path:
-    """Write aside under a name of this process alone, then rename: a reader never meets half a file."""
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        save(aside)
-        return aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)

@@ -1,5 +1,7 @@
 """Curves: a metric over depth, one line a checkpoint; the loss over training."""
 
+from typing import Any
+
 import numpy as np
 import polars as pl
 from matplotlib.axes import Axes
@@ -15,22 +17,24 @@ from redundancy_trace.figures.style import (
     PAGE_WIDTH,
     Array,
     Limits,
+    PaperFigure,
+    arranges_colorbars,
     axes_or_new,
     component_label,
     layer_metric,
     layer_ticks,
+    own_room,
     paper_style,
-    plain,
     progress_map,
     title,
 )
 from redundancy_trace.figures.training import (
     TrainingScale,
     dress_training,
+    fitting_ticks,
+    over_training,
     tick_label,
     training_scale,
-    training_ticks,
-    uncrowded,
 )
 from redundancy_trace.metrics import COMPONENTS, LOSS, Metric
 
@@ -93,7 +97,10 @@ def plot_depth(
             _spread_out(on, kind, reach)
         on.set_title(title(scores, component_label(component)) if ax is None else component_label(component))
         if colorbar and on.figure is not None and len(scale.axis.values) > 1:
-            _name_progress(on.figure.colorbar(colours, ax=on), scale)
+            room: dict[str, Any] = {}
+            if not arranges_colorbars(on):
+                room["fraction"], room["aspect"] = own_room(on, lines=1)
+            _name_progress(on.figure.colorbar(colours, ax=on, **room), scale)
         return on
 
 
@@ -115,17 +122,18 @@ def plot_depths(scores: pl.DataFrame, *, metric: str = "cosine_similarity") -> F
     components = [name for name in COMPONENTS if name in there]
     scale = training_scale(training_axis(scores))
     with paper_style():
-        figure = Figure(figsize=(PAGE_WIDTH, 2.3), layout="constrained")
+        figure = PaperFigure(PAGE_WIDTH, 2.3)
         panels = figure.subplots(1, len(components), sharey=True, squeeze=False)[0]
         for ax, component in zip(panels, components, strict=True):
             plot_depth(scores, component=component, metric=metric, ax=ax, colorbar=False)
             if ax is not panels[0]:
                 ax.set_ylabel("")
-        which = f" at {plain(scale.axis.revisions[0])}"
+        what = f"{kind.name.replace('_', ' ')} over depth"
         if len(scale.axis.values) > 1:
-            which = ""
             _name_progress(figure.colorbar(_progress(scale), ax=list(panels), aspect=30, pad=0.015), scale)
-        figure.suptitle(title(scores, f"{kind.name.replace('_', ' ')} over depth{which}"))
+        else:
+            what = over_training(scale, what)
+        figure.suptitle(title(scores, what))
         return figure
 
 
@@ -160,7 +168,7 @@ def plot_loss(scores: pl.DataFrame, *, ax: Axes | None = None) -> Axes:
             on.errorbar(x[apart], y[apart], error[apart], color=colour, marker="D", markersize=2.5, linestyle="")
         dress_training(on, scale, "x")
         on.set_ylabel(LOSS.label)
-        on.set_title(title(scores, "loss over training") if ax is None else "Loss")
+        on.set_title(title(scores, over_training(scale, "loss")) if ax is None else "Loss")
         return on
 
 
@@ -206,8 +214,7 @@ def _progress(scale: TrainingScale) -> ScalarMappable:
 
 
 def _name_progress(bar: Colorbar, scale: TrainingScale) -> None:
-    ticks = training_ticks(scale, 6)
-    ticks = uncrowded(scale, ticks, [0.08] * len(ticks), length=1.0)
+    ticks = fitting_ticks(scale, 6, lambda _: 0.08, length=1.0)
     bar.set_ticks(scale.spread(np.array(ticks)).tolist(), labels=[tick_label(scale, tick) for tick in ticks])
     bar.minorticks_off()
     bar.set_label(scale.axis.label)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import matplotlib as mpl
 import numpy as np
@@ -18,6 +18,8 @@ from redundancy_trace.figures.style import (
     PAGE_WIDTH,
     Array,
     Limits,
+    PaperFigure,
+    arranges_colorbars,
     axes_or_new,
     beyond,
     colour_limits,
@@ -26,10 +28,11 @@ from redundancy_trace.figures.style import (
     layer_metric,
     layer_ticks,
     name_colorbar,
+    own_room,
     paper_style,
     title,
 )
-from redundancy_trace.figures.training import TrainingScale, dress_training, mesh_columns, training_scale
+from redundancy_trace.figures.training import TrainingScale, dress_training, mesh_columns, over_training, training_scale
 from redundancy_trace.metrics import COMPONENTS, Metric
 
 # Thickness of the strip of layer 0 and of the gap beside it, as a share of that of all other layers.
@@ -99,7 +102,7 @@ def plot_training_heatmaps(
     limits = _both_limits(grids, None, None)
     with paper_style():
         height = float(np.clip(1.6 + 0.03 * grids.n_layers, 2.2, 3.4))
-        figure = Figure(figsize=(PAGE_WIDTH, height), layout="constrained")
+        figure = PaperFigure(PAGE_WIDTH, height)
         panels = [figure.add_subplot(1, len(components), k + 1) for k in range(len(components))]
         for ax, component in zip(panels, components, strict=True):
             meshes = _draw(ax, grids, component, training, *limits)
@@ -113,7 +116,7 @@ def plot_training_heatmaps(
             ax.tick_params(axis="y", labelleft=ax is panels[0])
         figure.supxlabel(x_label, fontsize="medium")
         _colorbars(figure, panels, meshes, grids)
-        figure.suptitle(title(scores, f"{layer_metric(metric).name.replace('_', ' ')} over training"))
+        figure.suptitle(title(scores, over_training(grids.scale, layer_metric(metric).name.replace("_", " "))))
         return figure
 
 
@@ -210,12 +213,32 @@ def _draw(
 
 
 def _colorbars(figure: Figure | SubFigure, axes: Sequence[Axes], meshes: Sequence[QuadMesh], grids: _Grids) -> None:
-    """Colour bars on the right of the axes; without a layout engine the labels need room that nothing else makes."""
-    arranged = figure.get_figure(root=True).get_layout_engine() is not None
-    # The bar drawn last stands next to the axes: that of layers 1 and up.
+    """Colour bars on the right of the axes: side by side, or one above the other where no engine makes them room."""
+    arranged = arranges_colorbars(axes[0])
+    columns = [] if arranged else _bars_above_each_other(figure, axes[0], len(meshes))
+    # Side by side, the one drawn last stands next to the axes: that of layers 1 and up.
     for k in reversed(range(len(meshes))):
         label, values = grids.parts()[k]
-        pad = 0.015 if arranged else (0.05, 0.3)[k]
-        aspect = 30 if len(axes) > 1 else 20
-        bar = figure.colorbar(meshes[k], ax=axes, extend=beyond(values, meshes[k].get_clim()), aspect=aspect, pad=pad)
+        where: dict[str, Any] = {"ax": axes, "aspect": 30 if len(axes) > 1 else 20, "pad": 0.015}
+        if columns:
+            where = {"cax": columns[k]}
+        elif not arranged:
+            where["pad"] = (0.05, 0.3)[k]
+        bar = figure.colorbar(meshes[k], extend=beyond(values, meshes[k].get_clim()), **where)
         name_colorbar(bar, label, values)
+
+
+def _bars_above_each_other(figure: Figure | SubFigure, ax: Axes, count: int) -> list[Axes]:
+    """Axes for colour bars in a column that holds their labels too; none where `ax` was placed by hand."""
+    cell = ax.get_subplotspec()
+    if cell is None:
+        return []
+    share, aspect = own_room(ax, lines=2)
+    heights = [3.0, 1.0][:count]
+    grid = cell.subgridspec(count, 2, width_ratios=[1 - share, share], height_ratios=heights, wspace=0.08)
+    ax.set_subplotspec(grid[:, 0])
+    bars = [figure.add_subplot(grid[k, 1]) for k in range(count)]
+    for bar, height in zip(bars, heights, strict=True):
+        bar.set_box_aspect(aspect * height / sum(heights))
+        bar.set_anchor("W")
+    return bars

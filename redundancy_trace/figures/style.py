@@ -1,9 +1,11 @@
 """How every figure looks: sizes and fonts as printed, colours, file metadata, short texts."""
 
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
+import matplotlib as mpl
 import matplotlib.style
 import numpy as np
 import polars as pl
@@ -12,6 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.colorbar import Colorbar
 from matplotlib.colors import Colormap
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from numpy.typing import NDArray
 
 from redundancy_trace.errors import InputError
@@ -23,6 +27,9 @@ Limits = tuple[float, float]
 # Inches: one column and the full width of a two-column page; fonts are in points at that printed size.
 COLUMN_WIDTH = 3.4
 PAGE_WIDTH = 7.0
+_SCREEN_DPI = 100
+# Height over width of a colour bar beside one axes.
+_BAR_ASPECT = 20.0
 STYLE: dict[str, Any] = {
     "font.size": 8,
     "axes.titlesize": 8,
@@ -61,11 +68,63 @@ def paper_style() -> Iterator[None]:
         yield
 
 
+class PaperFigure(Figure):
+    """A figure outside pyplot, which a notebook shows where it is the last value of a cell."""
+
+    def __init__(self, width: float, height: float) -> None:
+        super().__init__(figsize=(width, height), layout="constrained")
+
+    def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
+        """The picture, drawn as it is saved, and its size on the screen; what IPython asks for."""
+        file = io.BytesIO()
+        with paper_style():
+            self.savefig(file, format="png", dpi=2 * _SCREEN_DPI, metadata=FORMATS["png"])
+        width, height = (round(_SCREEN_DPI * inches) for inches in self.get_size_inches())
+        return file.getvalue(), {"width": int(width), "height": int(height)}
+
+
+class PaperAxes(Axes):
+    """The only axes of a `PaperFigure`, shown as it is."""
+
+    def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
+        figure = self.get_figure(root=True)
+        assert isinstance(figure, PaperFigure)
+        return figure._repr_png_()
+
+
 @contextmanager
 def axes_or_new(ax: Axes | None, height: float) -> Iterator[Axes]:
     """The given axes as they are, or new ones in a figure of their own, one column wide, in the paper's style."""
     with paper_style() if ax is None else nullcontext():
-        yield ax or Figure(figsize=(COLUMN_WIDTH, height), layout="constrained").add_subplot()
+        yield ax or PaperFigure(COLUMN_WIDTH, height).add_subplot(axes_class=PaperAxes)
+
+
+def arranges_colorbars(ax: Axes) -> bool:
+    """Whether the figure's layout engine makes room for the labels of colour bars."""
+    figure = ax.get_figure(root=True)
+    return figure is not None and isinstance(figure.get_layout_engine(), ConstrainedLayoutEngine)
+
+
+def own_room(ax: Axes, *, lines: int) -> tuple[float, float]:
+    """What a colour bar needs if its ticks and label are to find room by themselves.
+
+    Args:
+        ax: The axes that the bar stands beside, and that it takes its room from.
+        lines: Lines of the label.
+
+    Returns:
+        Share of the width of `ax`, and height over width of the bar.
+    """
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    points = 72 / figure.dpi
+    width, height = ax.bbox.width * points, ax.bbox.height * points
+    tick, label = (
+        FontProperties(size=mpl.rcParams[name]).get_size_in_points() for name in ("ytick.labelsize", "axes.labelsize")
+    )
+    # Ticks of four or five characters, each some 0.6 font sizes wide; lines 1.2 font sizes apart; gaps between them.
+    needed = height / _BAR_ASPECT + 2.8 * tick + 1.2 * label * lines + 12.0
+    return min(0.5, needed / width), _BAR_ASPECT
 
 
 def layer_metric(name: str) -> Metric:

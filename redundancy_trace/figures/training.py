@@ -1,5 +1,6 @@
 """The training axis as drawn: where each checkpoint stands, how far its cell reaches, which ticks are shown."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -147,6 +148,40 @@ def uncrowded(scale: TrainingScale, ticks: list[float], sizes: list[float], leng
     return [ticks[k] for k in sorted(kept)]
 
 
+def fitting_ticks(scale: TrainingScale, count: int, size_of: Callable[[float], float], length: float) -> list[float]:
+    """As `training_ticks`, but only ticks whose labels touch no other.
+
+    Of a log axis as many powers of ten as fit, evenly spaced: what stands behind the others (`main`) would otherwise
+    cover the last of them, and the rest be too few to tell the scale.
+
+    Args:
+        scale: The axis that the ticks are on.
+        count: About how many, beside those of checkpoints without step.
+        size_of: Size of the label of a tick along the axis, in the unit of `length`.
+        length: Length of the axis as drawn.
+    """
+
+    def fitting(ticks: list[float]) -> list[float]:
+        return uncrowded(scale, ticks, [size_of(tick) for tick in ticks], length)
+
+    best = fitting(training_ticks(scale, count))
+    powers = _powers_of_ten(scale)
+    if not scale.axis.log or len(powers) < 2:
+        return best
+    zero = [] if scale.zero_gap is None else [0.0]
+    apart = scale.values[scale.n_placed :][: max(1, count // 3)].tolist()
+    for stride in range(1, len(powers)):
+        for left_out in range(stride):
+            chosen = powers[: len(powers) - left_out][::-stride][::-1]
+            kept = fitting([*zero, *chosen, *apart])
+            inner = [tick for tick in kept if tick in chosen]
+            start = chosen.index(inner[0]) if inner else 0
+            evenly = inner == chosen[start : start + len(inner)]
+            if evenly and len(best) < len(kept) <= count + len(apart):
+                best = kept
+    return best
+
+
 class TrainingLocator(Locator):
     """As many ticks as fit on the side as it is drawn, whatever it was resized to."""
 
@@ -162,12 +197,13 @@ class TrainingLocator(Locator):
         room = max(1, self.axis.get_tick_space())
         if _slanted(self._scale, self._along):
             return training_ticks(self._scale, int(np.clip(1.5 * room, 2, 8)))
-        ticks = training_ticks(self._scale, int(np.clip(0.8 * room, 2, 8)))
+        count = int(np.clip(0.8 * room, 2, 8))
         if self._along == "y":
-            return uncrowded(self._scale, ticks, [0.6] * len(ticks), room)
+            return fitting_ticks(self._scale, count, lambda _: 0.6, room)
         # A character is some 0.6 font sizes wide; a half one stays free between labels.
-        lengths = [max(2, len(tick_label(self._scale, tick))) for tick in ticks]
-        return uncrowded(self._scale, ticks, [0.2 * length + 0.1 for length in lengths], room)
+        return fitting_ticks(
+            self._scale, count, lambda tick: 0.2 * max(2, len(tick_label(self._scale, tick))) + 0.1, room
+        )
 
     def tick_values(self, vmin: float, vmax: float) -> list[float]:  # noqa: ARG002 (matplotlib's signature)
         """The same ticks whatever the limits of the view."""
@@ -194,6 +230,12 @@ def dress_training(ax: Axes, scale: TrainingScale, along: Literal["x", "y"], *, 
         for text in side.get_ticklabels():
             text.set(rotation=30, ha="right", rotation_mode="anchor")
     side.set_label_text(scale.axis.label + (f" ({note})" if note else ""))
+
+
+def over_training(scale: TrainingScale, text: str) -> str:
+    """The end of a title: `text` over training, or at the one checkpoint that there is."""
+    names = scale.axis.revisions
+    return f"{text} over training" if len(names) > 1 else f"{text} at {plain(shortened(names[0], 40))}"
 
 
 def _slanted(scale: TrainingScale, along: Literal["x", "y"]) -> bool:
@@ -223,13 +265,20 @@ def _linear_ticks(first: float, last: float, count: int) -> list[float]:
 def _log_ticks(scale: TrainingScale, last: float, count: int) -> list[float]:
     """0 where a checkpoint stands there, and powers of ten, every second or third where they are many."""
     zero = [] if scale.zero_gap is None else [0.0]
+    powers = _powers_of_ten(scale)
+    stride = -(-len(powers) // max(1, count - len(zero)))
+    if len(powers) >= 2:
+        return zero + powers[::-stride][::-1]
     low, high = np.log10(scale.smallest) - 1e-9, np.log10(last) + 1e-9
-    exponents = list(range(int(np.ceil(low)), int(np.floor(high)) + 1))
-    stride = -(-len(exponents) // max(1, count - len(zero)))
-    if len(exponents) >= 2:
-        return zero + [10.0**k for k in exponents[::-stride][::-1]]
     mantissas = [m * 10.0**k for k in range(int(np.floor(low)), int(high) + 1) for m in (1, 2, 5)]
     return zero + [tick for tick in mantissas if 10**low <= tick <= 10**high]
+
+
+def _powers_of_ten(scale: TrainingScale) -> list[float]:
+    """Those between the smallest position above 0 and the last that is known."""
+    last = float(scale.values[scale.n_placed - 1])
+    low, high = np.log10(scale.smallest) - 1e-9, np.log10(max(last, scale.smallest)) + 1e-9
+    return [10.0**k for k in range(int(np.ceil(low)), int(np.floor(high)) + 1)]
 
 
 def _minor_ticks(scale: TrainingScale) -> list[float]:

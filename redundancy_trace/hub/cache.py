@@ -28,6 +28,12 @@ def cached_refs(repo: str, kind: RepoKind) -> tuple[Ref, ...]:
     return tuple(Ref(file.relative_to(root).as_posix(), "branch", file.read_text().strip()) for file in found)
 
 
+def cached_commits(repo: str, kind: RepoKind) -> tuple[str, ...]:
+    """The commits of which the cache holds files, whether or not it recorded a name for them."""
+    snapshots = _folder(repo, kind) / "snapshots"
+    return tuple(sorted(path.name for path in snapshots.glob("*") if COMMIT.fullmatch(path.name)))
+
+
 def record_ref(repo: str, revision: str, commit: str, kind: RepoKind) -> None:
     """Note at which commit a branch was, as huggingface_hub does for files that are asked for by its name."""
     file = _folder(repo, kind) / "refs" / revision

@@ -15,7 +15,14 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 from redundancy_trace.errors import CheckpointError, InputError, TraceError, first_line, nearest
-from redundancy_trace.hub.cache import cached_commit, cached_files, cached_refs, cached_snapshot, record_ref
+from redundancy_trace.hub.cache import (
+    cached_commit,
+    cached_commits,
+    cached_files,
+    cached_refs,
+    cached_snapshot,
+    record_ref,
+)
 from redundancy_trace.hub.failures import explained, retried
 from redundancy_trace.hub.progress import Meter
 from redundancy_trace.hub.ranges import REQUEST_TIMEOUT_SECONDS, RemoteFile, WrongContent, WrongLength
@@ -107,6 +114,10 @@ class Hub:
                 entries, page = self._get_json(page)
                 found += [_file_of(entry) for entry in entries if entry["type"] == "file"]
         return tuple(found)
+
+    def cached_commits(self, repo: str, kind: RepoKind = "model") -> tuple[str, ...]:
+        """The commits of which the user's own Hub cache holds files; they may have no name there."""
+        return cached_commits(_checked(repo), kind)
 
     def cached(self, repo: str, commit: str, paths: Sequence[str], kind: RepoKind = "model") -> Path | None:
         """The folder in the user's own Hub cache that holds all of `paths` at `commit`, else None."""
@@ -251,7 +262,7 @@ class Hub:
         except RevisionNotFoundError:
             raise told_as(self._unknown_revision(repo, revision, kind)) from None
         except (httpx2.HTTPError, httpx2.InvalidURL, OSError, WrongLength, WrongContent) as error:
-            raise told_as(explained(error, repo, self.url)) from error
+            raise told_as(explained(error, repo, self.url, kind)) from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             # A captive portal or a plain web server answers 200 with something else.
             raise told_as(

@@ -4,10 +4,12 @@ import email.utils
 import threading
 from collections.abc import Callable
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, TypeVar
 
-from redundancy_trace.errors import first_line
+from redundancy_trace.errors import first_line, nearest
 from redundancy_trace.hub.ranges import WrongContent, WrongLength
+from redundancy_trace.hub.records import RepoKind
 
 T = TypeVar("T")
 
@@ -106,7 +108,7 @@ def seconds_asked(error: BaseException | None) -> float | None:
     return max(0.0, (moment - datetime.now(UTC)).total_seconds())
 
 
-def explained(error: BaseException, repo: str, url: str) -> str:
+def explained(error: BaseException, repo: str, url: str, kind: RepoKind = "model") -> str:
     """One message for a failed call: what is wrong, and what to do about it."""
     import httpx2
     from huggingface_hub.errors import (
@@ -125,8 +127,8 @@ def explained(error: BaseException, repo: str, url: str) -> str:
     if isinstance(root, RepositoryNotFoundError) or status == 401:
         return (
             f"{repo} was not found at {url}: mistyped, private or gated. If you have access, log in with "
-            "`hf auth login` or set HF_TOKEN (an expired token looks the same). A local folder is named by "
-            f"its path, such as ./{repo}"
+            "`hf auth login` or set HF_TOKEN (an expired token looks the same)."
+            f"{_no_folder(repo) if kind == 'model' else ''}"
         )
     if isinstance(root, EntryNotFoundError) and isinstance(root, HfHubHTTPError):
         return f"{repo} has no such file: {root.response.url}"
@@ -158,3 +160,17 @@ def explained(error: BaseException, repo: str, url: str) -> str:
             "on the way (a proxy, a mirror)."
         )
     return f"{repo}: {first_line(root)}"
+
+
+def _no_folder(name: str) -> str:
+    """What may have been meant by the name of a repository that is none: a folder, mistyped or elsewhere."""
+    beside = Path(name).parent
+    try:
+        folders = [str(path) for path in beside.iterdir() if path.is_dir()]
+    except OSError:
+        folders = []
+    if name in folders:
+        return ""
+    like = nearest(name, folders, count=1)
+    hint = f"did you mean ./{like[0]}?" if like else "a local folder is named by its path."
+    return f" There is no folder {name} here either; {hint}"

@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from redundancy_trace.calibration import Calibration
     from redundancy_trace.store import Run
 
-DEFAULT_SEQUENCE_LENGTH = 512
-
 
 def calibrate(settings: TraceSettings, listing: Listing, run: "Run", hub: Hub) -> "tuple[Calibration, Run]":
     """The run's token ids, made or taken up again, and the run with them on record."""
@@ -34,7 +32,7 @@ def calibrate(settings: TraceSettings, listing: Listing, run: "Run", hub: Hub) -
     calibration = load_calibration(
         name,
         samples=settings.samples,
-        sequence_length=settings.sequence_length or DEFAULT_SEQUENCE_LENGTH,
+        sequence_length=settings.sequence_length,
         tokenizer=settings.tokenizer,
         candidates=candidates,
         hub=hub,
@@ -54,9 +52,16 @@ def calibrate(settings: TraceSettings, listing: Listing, run: "Run", hub: Hub) -
 
 
 def label_asked_for(settings: TraceSettings, listing: Listing) -> str:
-    """What the rows of the calibration that the settings ask for are called, unless its file has changed."""
-    length = settings.sequence_length or DEFAULT_SEQUENCE_LENGTH
-    return f"{_name(settings, listing)} {settings.samples}x{length}"
+    """What the rows of the calibration that the settings ask for are called, unless its file has changed.
+
+    Where the length is the file's own, only the beginning.
+    """
+    from redundancy_trace.calibration import DEFAULT_SEQUENCE_LENGTH
+
+    name = _name(settings, listing)
+    if settings.sequence_length is None and name.startswith("tokens:"):
+        return f"{name} {settings.samples}x"
+    return f"{name} {settings.samples}x{settings.sequence_length or DEFAULT_SEQUENCE_LENGTH}"
 
 
 def _name(settings: TraceSettings, listing: Listing) -> str:

@@ -1,7 +1,11 @@
 """The sweep, and the scores of one model, as functions for Python and Jupyter."""
 
+import inspect
+import textwrap
+from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from redundancy_trace.errors import CheckpointError, InputError, nearest
 from redundancy_trace.progress import reporting
@@ -12,29 +16,33 @@ if TYPE_CHECKING:
     import numpy as np
     import polars as pl
 
+# Settings that may be given as a text or as a path.
+_PATHS = ("model", "out", "calibration", "tokenizer")
 
-def trace(**settings: Any) -> "pl.DataFrame":
+
+def trace(model: str | Path | None = None, **settings: Any) -> "pl.DataFrame":
     """Sweep the checkpoints of a model and return their scores: what `trace` does on the command line.
 
     Args:
-        **settings: The fields of `redundancy_trace.settings.TraceSettings`: `model` (Hub repository or folder),
-            `revisions` ("log:20"), `out` (run folder), `calibration`, `samples`, `sequence_length`, `device`, `dtype`,
-            `engine` and so on. `demo=True` needs no model and no network.
+        model: Hub repository (`org/name`) or local folder of checkpoints; none with `demo=True`.
+        **settings: The flags of the command line, with `_` for `-`; they are listed below.
 
     Returns:
-        All scores of the run, as `read_scores` gives them. Checkpoints that could not be scored are told on stderr
-        and noted in the run's `failures/`. With `dry_run`, the listing instead, as `list_checkpoints(…).to_frame()`.
+        The scores of the run, as `read_scores` gives them; where the run holds several calibrations, those of this
+        one's. Checkpoints that could not be scored are told on stderr (unless `quiet`) and noted in the run's
+        `failures/`. With `dry_run`, the listing instead, as `list_checkpoints(…).to_frame()`.
 
     Raises:
-        InputError: If the input cannot be used.
+        InputError: If the input cannot be used; an unknown setting is told with the nearest known one.
         CheckpointError: If no checkpoint could be scored.
 
     Example:
-        >>> scores = trace(model="EleutherAI/pythia-160m", revisions="log:20")  # doctest: +SKIP
+        >>> scores = trace("EleutherAI/pythia-160m", revisions="log:20")  # doctest: +SKIP
     """
+    from redundancy_trace.analysis import one_calibration
     from redundancy_trace.store import read_scores
 
-    chosen = settings_from(settings)
+    chosen = settings_from({"model": model, **settings})
     with reporting(quiet=chosen.quiet) as reporter:
         result = run_sweep(chosen, reporter)
         if chosen.dry_run:
@@ -43,22 +51,45 @@ def trace(**settings: Any) -> "pl.DataFrame":
         return result.listing.to_frame()
     if not result.scored and not result.kept:
         raise CheckpointError(failure_summary(result))
-    return read_scores(result.folder)
+    return one_calibration(read_scores(result.folder), result.calibration)
 
 
-def settings_from(fields: dict[str, Any]) -> TraceSettings:
+def _described(call: Callable[..., Any]) -> None:
+    """Show the settings that a call takes as keywords to `help` and to completion: names, types, defaults, texts."""
+    hints = {
+        name: hint | str | Path if name in _PATHS else hint for name, hint in get_type_hints(TraceSettings).items()
+    }
+    kinds = {"model": inspect.Parameter.POSITIONAL_OR_KEYWORD}
+    parameters = [
+        inspect.Parameter(
+            field.name,
+            kinds.get(field.name, inspect.Parameter.KEYWORD_ONLY),
+            default=field.default,
+            annotation=hints[field.name],
+        )
+        for field in fields(TraceSettings)
+    ]
+    result = inspect.signature(call).return_annotation
+    call.__signature__ = inspect.Signature(parameters, return_annotation=result)  # type: ignore[attr-defined]
+    lines = [f"{field.name}: {field.metadata['help']}" for field in fields(TraceSettings)]
+    told = [textwrap.fill(line, 100, initial_indent=" " * 4, subsequent_indent=" " * 8) for line in lines]
+    call.__doc__ = "\n".join([f"{inspect.getdoc(call)}\n", "Settings:", *told, ""])
+
+
+_described(trace)
+
+
+def settings_from(given: dict[str, Any]) -> TraceSettings:
     """Settings from keyword arguments; an unknown one is an `InputError` that names the nearest."""
     known = TraceSettings.__dataclass_fields__
-    for name in fields:
+    for name in given:
         if name not in known:
             near = nearest(name, known, count=1)
             hint = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(known)}."
             raise InputError(f"There is no setting {name!r}. {hint}")
-    if isinstance(fields.get("out"), str):
-        fields = {**fields, "out": Path(fields["out"])}
-    if isinstance(fields.get("model"), Path):
-        fields = {**fields, "model": str(fields["model"])}
-    return TraceSettings(**fields)
+    texts = {name: str(given[name]) for name in _PATHS if isinstance(given.get(name), Path)}
+    out = {} if given.get("out") is None else {"out": Path(given["out"])}
+    return TraceSettings(**{**given, **texts, **out})
 
 
 def score_model(

@@ -73,7 +73,7 @@ def score_all(
                 reason = _reason(error)
                 failures[name] = reason
                 store.write_failure(run.folder, task.labels, reason)
-                reporter.finished(f"{name}: not scored: {reason}")
+                reporter.finished(not_scored(name, reason))
                 if fetched is None and number + 1 < len(tasks):
                     ahead = begin(tasks[number + 1])
                 continue
@@ -84,6 +84,11 @@ def score_all(
             scored += 1
             reporter.finished(f"{name} scored in {time.monotonic() - started:.1f} s")
     return scored, failures
+
+
+def not_scored(name: str, reason: str) -> str:
+    """How it is told that a checkpoint has no scores."""
+    return f"{name}: not scored: {reason}"
 
 
 def _awaited(future: "Future[Fetched]") -> Fetched:

@@ -132,7 +132,7 @@ def _left(settings: TraceSettings, listing: Listing, run: "Run | None") -> list[
     finished: frozenset[str] = frozenset()
     if run is not None:
         label = label_asked_for(settings, listing)
-        hashes = [record.sha256 for record in run.calibrations if record.label == label]
+        hashes = [record.sha256 for record in run.calibrations if record.label.startswith(label)]
         finished = store.finished_parts(run.folder)
 
     def is_stored(checkpoint: Checkpoint) -> bool:

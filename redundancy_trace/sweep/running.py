@@ -20,14 +20,16 @@ from redundancy_trace.hub import Hub
 from redundancy_trace.progress import Reporter
 from redundancy_trace.settings import TraceSettings
 from redundancy_trace.sweep.calibrating import calibrate, calibration_label, label_asked_for
-from redundancy_trace.sweep.pipeline import score_all
+from redundancy_trace.sweep.pipeline import not_scored, score_all
 from redundancy_trace.sweep.planning import SweepPlan, check_plan, plan_sweep
-from redundancy_trace.sweep.tasks import open_tasks
+from redundancy_trace.sweep.tasks import labels_of, open_tasks
 
 if TYPE_CHECKING:
     from redundancy_trace.store import Run
 
 DEMO_SEQUENCE_LENGTH = 128
+# The demo's model in rows, titles and the name of its run, whatever the folder in the cache is called.
+DEMO_MODEL = "demo"
 _FAILURES_TOLD = 20
 
 
@@ -72,10 +74,10 @@ def run_sweep(settings: TraceSettings, reporter: Reporter) -> SweepResult:
     from redundancy_trace import store
 
     if settings.demo:
-        settings = _with_demo(settings, reporter)
-    assert settings.model is not None  # held by the settings
+        settings = _with_demo_defaults(settings)
+    given = _plain(settings)
     model = _model_label(settings.model)
-    folder = settings.out or Path("runs") / model.rsplit("/", 1)[-1]
+    folder = (settings.out or Path("runs") / model.rsplit("/", 1)[-1]).expanduser()
     found = store.open_run(
         folder,
         model=model,
@@ -83,6 +85,10 @@ def run_sweep(settings: TraceSettings, reporter: Reporter) -> SweepResult:
         dtype=None if settings.dtype == "auto" else settings.dtype,
         tokens_per_step=settings.tokens_per_step,
     )
+    store.tidy_run(folder)
+    if settings.demo:
+        settings = replace(settings, demo=False, model=str(_trained_demo(reporter)))
+    assert settings.model is not None  # held by the settings
     hub = Hub(endpoint=settings.endpoint, offline=settings.offline)
     listing_file = folder / "listing.json"
     known, remembered = _known_listing(listing_file, settings.model)
@@ -108,39 +114,64 @@ def run_sweep(settings: TraceSettings, reporter: Reporter) -> SweepResult:
     calibration, run = calibrate(settings, listing, run, hub)
     listing, failures = _with_commits(listing, remembered)
     tasks, kept = open_tasks(listing, run, calibration)
-    run = store.write_run(run, _plain(settings))
+    run = store.write_run(run, given)
     store.write_json(listing_file, listing_to_json(listing, remembered))
+    label = calibration_label(run, calibration)
 
-    reporter.start(kept + len(tasks) + len(failures), kept + len(failures))
+    reporter.start(kept + len(tasks) + len(failures), kept)
     if kept:
         reporter.line(f"{kept} of {kept + len(tasks)} checkpoints are in {folder} already.")
+    left = {task.checkpoint.name for task in tasks} | set(failures)
+    store.clear_failures(folder, {checkpoint.name for checkpoint in listing.chosen} - left, label)
+    for checkpoint in listing.chosen:
+        if (reason := failures.get(checkpoint.name)) is not None:
+            store.write_failure(folder, labels_of(checkpoint, run, label), reason)
+            reporter.finished(not_scored(checkpoint.name, reason))
     scored = 0
     if tasks:
         try:
             scored, failed = score_all(settings, listing, run, calibration, tasks, hub, reporter, any_stored=kept > 0)
         except InputError:
             if found is None:
-                store.withdraw_run(run, _plain(settings))
+                store.withdraw_run(run, given)
             raise
         failures |= failed
-    label = calibration_label(run, calibration)
     figures = _draw(run, listing, label, reporter) if scored or kept else ()
     return SweepResult(folder, scored, kept, failures, figures, label, plan, listing)
 
 
-def failure_summary(result: SweepResult) -> str:
-    """The failures of a sweep in a few lines, each checkpoint with its reason."""
-    lines = [f"  {name}: {reason}" for name, reason in result.failures.items()]
-    total = result.scored + result.kept + len(lines)
-    head = f"{len(lines)} of {total} checkpoints could not be scored; they are tried again next time."
-    if len(lines) > _FAILURES_TOLD:
-        more = len(lines) - _FAILURES_TOLD
-        lines[_FAILURES_TOLD:] = [f"  and {more} more; all of them are in {result.folder / 'failures'}"]
-    return "\n".join([head, *lines])
+def failure_summary(result: SweepResult, *, told: bool = False) -> str:
+    """The failures of a sweep in a few lines.
+
+    Args:
+        result: What the sweep did.
+        told: Whether each was told with its reason when it happened; then only the names are told again.
+    """
+    names = list(result.failures)
+    head = f"{len(names)} of {result.scored + result.kept + len(names)} checkpoints could not be scored"
+    more = len(names) - _FAILURES_TOLD
+    rest = f"and {more} more; all of them are in {result.folder / 'failures'}" if more > 0 else ""
+    names = names[:_FAILURES_TOLD]
+    if told:
+        listed = ", ".join([*names, *([rest] if rest else [])])
+        return f"{head}, for the reasons above: {listed}. They are tried again next time."
+    lines = [f"  {name}: {result.failures[name]}" for name in names]
+    return "\n".join([f"{head}; they are tried again next time.", *lines, *([f"  {rest}"] if rest else [])])
 
 
-def _with_demo(settings: TraceSettings, reporter: Reporter) -> TraceSettings:
-    """The settings of a sweep over the demo's checkpoints, which are trained now unless the cache has them."""
+def _with_demo_defaults(settings: TraceSettings) -> TraceSettings:
+    """What is taken for the demo where the user gave nothing."""
+    own_length = (settings.calibration or "").startswith("tokens:")
+    return replace(
+        settings,
+        revisions="all" if settings.revisions == TraceSettings.revisions else settings.revisions,
+        calibration=settings.calibration or "pydoc",
+        sequence_length=settings.sequence_length or (None if own_length else DEMO_SEQUENCE_LENGTH),
+    )
+
+
+def _trained_demo(reporter: Reporter) -> Path:
+    """The folder of the demo's checkpoints, which are trained now unless the cache has them."""
     from redundancy_trace.demo import demo_checkpoints
 
     told = False
@@ -153,20 +184,13 @@ def _with_demo(settings: TraceSettings, reporter: Reporter) -> TraceSettings:
         reporter.scoring(f"training step {step}")
         reporter.step(step, steps)
 
-    checkpoints = demo_checkpoints(on_step=on_step)
-    return replace(
-        settings,
-        demo=False,
-        model=str(checkpoints),
-        revisions="all" if settings.revisions == TraceSettings.revisions else settings.revisions,
-        out=settings.out or Path("runs") / "demo",
-        calibration=settings.calibration or "pydoc",
-        sequence_length=settings.sequence_length or DEMO_SEQUENCE_LENGTH,
-    )
+    return demo_checkpoints(on_step=on_step)
 
 
-def _model_label(model: str) -> str:
+def _model_label(model: str | None) -> str:
     """The model as rows name it: the repository, or the folder's own name (no reader needs an absolute path)."""
+    if model is None:
+        return DEMO_MODEL
     return Path(model).expanduser().resolve().name if is_local(model) else model.strip()
 
 

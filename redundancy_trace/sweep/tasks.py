@@ -49,19 +49,25 @@ def open_tasks(listing: Listing, run: "Run", calibration: "Calibration") -> tupl
         if part in finished:
             kept += 1
             continue
-        labels = store.Labels(
-            model=run.model,
-            revision=checkpoint.name,
-            commit=commit,
-            kind=checkpoint.kind,
-            stage=checkpoint.stage,
-            ingredient=checkpoint.ingredient,
-            seed=checkpoint.seed,
-            step=checkpoint.step,
-            tokens=checkpoint.tokens,
-            calibration=label,
-            identity=identity,
-        )
-        tasks.append(Task(checkpoint, labels))
+        tasks.append(Task(checkpoint, labels_of(checkpoint, run, label, identity)))
     # Spread over the training from the start, so that a sweep that is stopped shows the whole curve.
     return [tasks[index] for index in endpoints_first(len(tasks))], kept
+
+
+def labels_of(checkpoint: Checkpoint, run: "Run", calibration: str, identity: str | None = None) -> "Labels":
+    """What a row, or the note of a failure, says of where it comes from."""
+    from redundancy_trace.store import Labels
+
+    return Labels(
+        model=run.model,
+        revision=checkpoint.name,
+        commit=checkpoint.commit,
+        kind=checkpoint.kind,
+        stage=checkpoint.stage,
+        ingredient=checkpoint.ingredient,
+        seed=checkpoint.seed,
+        step=checkpoint.step,
+        tokens=checkpoint.tokens,
+        calibration=calibration,
+        identity=identity,
+    )
