@@ -2,7 +2,9 @@
 
 import gzip
 import json
+import logging
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -415,6 +417,22 @@ def test_one_reason_of_many_places_is_told_once(tmp_path: Path, loopback_hub: Lo
     assert "The same holds of 11 more: " in folders
     assert str(tmp_path / "step2") in folders
     assert "--tokenizer" in hint
+
+
+def test_a_tokenizer_beside_an_unknown_config_is_loaded_in_silence(tmp_path: Path, plain: Path) -> None:
+    from transformers.utils import logging as theirs
+
+    folder = shutil.copytree(plain, tmp_path / "model")
+    (folder / "config.json").write_text('{"model_type": "nonsense"}')
+    said: list[logging.LogRecord] = []
+    listener = logging.Handler()
+    listener.emit = said.append  # type: ignore[method-assign]
+    theirs.add_handler(listener)
+    try:
+        assert find_tokenizer([TokenizerSource(folder)]).eos_token_id == EOS
+    finally:
+        theirs.remove_handler(listener)
+    assert said == []
 
 
 def test_a_named_tokenizer_that_is_none_is_not_replaced(tmp_path: Path, plain: Path) -> None:

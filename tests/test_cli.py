@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -186,6 +187,10 @@ def test_results_go_to_stdout_and_everything_else_to_stderr(tiny_run, tmp_path, 
     assert told.err == ""
     result = json.loads(told.out)
     assert list(result) == ["run", "calibration", "scored", "kept", "failures", "figures", "checkpoints"]
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    described = re.search(r"`trace --json` prints one object: (.*?)\n\n", readme, flags=re.DOTALL)
+    assert described is not None
+    assert re.findall(r"`(\w+)`", described.group(1)) == [*result, *result["checkpoints"][0]]
     assert (result["run"], result["scored"], result["kept"]) == (str(tmp_path / "run"), 0, 2)
     assert (result["failures"], result["figures"]) == ({}, [])
     assert [(row["revision"], row["tokens"]) for row in result["checkpoints"]] == [

@@ -1,6 +1,7 @@
 """Where the tokenizer is, and which special tokens it puts in front of a sequence."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,7 +98,8 @@ def load_tokenizer(source: TokenizerSource, hub: Hub, *, trust_remote_code: bool
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+        with _quiet():
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:  # a broken file raises whatever its parser does
         reason = f"has a tokenizer that transformers cannot load: {first_line(error)}"
         raise _NoTokenizer(source, reason) from error
@@ -118,6 +120,19 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     # Not verbose: the text may be longer than the model's positions, the sequences cut from it are not.
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return ids
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No remarks of transformers on a config that it does not know: its tokenizer may be as good as any."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
 
 
 def _folded(errors: Sequence[InputError]) -> list[str]:
