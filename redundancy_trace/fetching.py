@@ -6,7 +6,7 @@ import shutil
 import socket
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event
 
@@ -23,11 +23,13 @@ class Fetched:
         folder: Holds its config and weights.
         temporary: Whether it was fetched for this run and may be deleted; never the user's own files.
         bytes_moved: Bytes that came over the network for it.
+        root: What was fetched, whole, where `folder` is only a part of it.
     """
 
     folder: Path
     temporary: bool
     bytes_moved: int
+    root: Path | None = None
 
 
 def fetch(
@@ -41,7 +43,7 @@ def fetch(
     """Bring a checkpoint's config and weights to this machine, unless they are here.
 
     Args:
-        listing_model: The repository (`Listing.model`).
+        listing_model: The repository (`Listing.model`) of all that have none of their own.
         checkpoint: Which one.
         hub: Where from.
         into: The run's folder for this commit. Each process has a folder of its own in it, so that two processes on
@@ -58,15 +60,17 @@ def fetch(
     commit = checkpoint.commit
     if commit is None:
         raise CheckpointError(f"{checkpoint.name} of {listing_model} has no commit; list the model again.")
+    repo = checkpoint.repo or listing_model
     try:
-        files = _needed(listing_model, checkpoint, hub, commit)
+        files = _in_repository(checkpoint, _needed(repo, checkpoint, hub, commit))
     except CheckpointError:
         if hub.is_offline:
             raise _not_cached(listing_model, checkpoint) from None
         raise
     paths = [file.path for file in files]
-    if cached := hub.cached(listing_model, commit, paths):
-        return Fetched(cached, temporary=False, bytes_moved=0)
+    inside = checkpoint.subfolder or ""
+    if cached := hub.cached(repo, commit, paths):
+        return Fetched(cached / inside, temporary=False, bytes_moved=0)
     if hub.is_offline:
         raise _not_cached(listing_model, checkpoint)
     moved = 0
@@ -81,23 +85,24 @@ def fetch(
     try:
         _adopt(into, folder)
         _check_space(folder, files, checkpoint.name)
-        hub.download(listing_model, commit, paths, folder, count, stopped)
+        hub.download(repo, commit, paths, folder, count, stopped)
         _check_sizes(folder, files, checkpoint.name)
     except BaseException as error:
         discard(Fetched(folder, temporary=True, bytes_moved=moved))
         if isinstance(error, OSError) or _is_full(error.__cause__):
             raise _disk_error(error, folder, files, checkpoint.name) from error
         raise
-    return Fetched(folder, temporary=True, bytes_moved=moved)
+    return Fetched(folder / inside, temporary=True, bytes_moved=moved, root=folder)
 
 
 def discard(fetched: Fetched) -> None:
     """Delete what was fetched for the run; files that the user had before stay."""
     if not fetched.temporary:
         return
-    shutil.rmtree(fetched.folder, ignore_errors=True)
+    root = fetched.root or fetched.folder
+    shutil.rmtree(root, ignore_errors=True)
     try:
-        fetched.folder.parent.rmdir()
+        root.parent.rmdir()
     except OSError:
         return  # another process has its own copy there
 
@@ -109,11 +114,23 @@ def abandon(into: Path) -> None:
 
 def _needed(model: str, checkpoint: Checkpoint, hub: Hub, commit: str) -> tuple[RepoFile, ...]:
     try:
-        files = checkpoint.files if checkpoint.files is not None else hub.files(model, commit)
+        files = checkpoint.files if checkpoint.files is not None else _own(checkpoint, hub.files(model, commit))
     except InputError as error:  # the listing was fine, so it is this one checkpoint
         raise CheckpointError(str(error)) from error
     _check_complete(files, f"{checkpoint.name} of {model}")
     return needed_files(files)
+
+
+def _own(checkpoint: Checkpoint, files: Sequence[RepoFile]) -> tuple[RepoFile, ...]:
+    """Those files of a commit that are the checkpoint's, relative to its folder."""
+    inside = f"{checkpoint.subfolder}/" if checkpoint.subfolder else ""
+    return tuple(replace(file, path=file.path[len(inside) :]) for file in files if file.path.startswith(inside))
+
+
+def _in_repository(checkpoint: Checkpoint, files: Sequence[RepoFile]) -> tuple[RepoFile, ...]:
+    """A checkpoint's files, relative to the root of the repository."""
+    inside = f"{checkpoint.subfolder}/" if checkpoint.subfolder else ""
+    return tuple(replace(file, path=inside + file.path) for file in files)
 
 
 def _not_cached(model: str, checkpoint: Checkpoint) -> CheckpointError:

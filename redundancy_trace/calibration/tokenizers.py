@@ -1,7 +1,7 @@
 """Where the tokenizer is, and which special tokens it puts in front of a sequence."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,14 +23,17 @@ class TokenizerSource:
     Attributes:
         place: A local folder, or a Hub repository.
         revision: Branch, tag or commit of the repository.
+        subfolder: Folder in the repository; None = its root.
     """
 
     place: Path | str
     revision: str = "main"
+    subfolder: str | None = None
 
     def __str__(self) -> str:
         pinned = isinstance(self.place, str) and self.revision != "main"
-        return f"{self.place} at {self.revision[:12]}" if pinned else str(self.place)
+        where = f"{self.subfolder} of {self.place}" if self.subfolder else str(self.place)
+        return f"{where} at {self.revision[:12]}" if pinned else where
 
 
 def find_tokenizer(
@@ -111,11 +114,14 @@ def _fetched(source: TokenizerSource, hub: Hub, *, code: bool) -> Path:
     """The folder in the user's Hub cache that holds the tokenizer files of a repository."""
     repo = str(source.place)
     commit = hub.resolve(repo, source.revision)
-    files = hub.files(repo, commit)
+    inside = f"{source.subfolder}/" if source.subfolder else ""
+    files = [
+        replace(file, path=file.path[len(inside) :]) for file in hub.files(repo, commit) if file.path.startswith(inside)
+    ]
     wanted = [file.path for file in (*tokenizer_files(files), *_beside(files, code=code))]
     if not any(path in _VOCABULARIES for path in wanted):
         raise InputError(f"{source} has no tokenizer (none of {', '.join(_VOCABULARIES)}).")
-    paths = [hub.cached_file(repo, path, commit) for path in wanted]
+    paths = [hub.cached_file(repo, inside + path, commit) for path in wanted]
     hub.keep_ref(repo, source.revision, commit)
     return paths[wanted.index(next(path for path in wanted if path in _VOCABULARIES))].parent
 

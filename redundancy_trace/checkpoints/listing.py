@@ -6,10 +6,9 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from redundancy_trace.checkpoints.formats import weight_files
 from redundancy_trace.checkpoints.local import FileKey, is_local, local_checkpoints
-from redundancy_trace.checkpoints.names import ParsedName, parse_name
 from redundancy_trace.checkpoints.ordering import in_training_order, training_positions
+from redundancy_trace.checkpoints.published import published_checkpoints, with_files
 from redundancy_trace.checkpoints.records import Checkpoint, Listing
 from redundancy_trace.checkpoints.selection import full_commits, select, selector_items
 from redundancy_trace.errors import InputError
@@ -52,10 +51,12 @@ def list_checkpoints(
         placed = _with_tokens(ordered, tokens_per_step)
         return Listing(model, "local", _with_choice(placed, revisions, model))
     hub = Hub(endpoint=endpoint, offline=offline)
-    found = _with_tokens(in_training_order(_refs(hub, model)), tokens_per_step)
+    published = published_checkpoints(hub, model)
+    found = _with_tokens(in_training_order(published.checkpoints), tokens_per_step)
     for commit in full_commits(selector_items(revisions), found):
         found += (Checkpoint(name=commit, kind="other", commit=hub.resolve(model, commit)),)
-    return Listing(model, "hub", _with_files(hub, model, _with_choice(found, revisions, model), known))
+    seen = [checkpoint for checkpoint in (*(known or ()), published.main) if checkpoint]
+    return Listing(model, "hub", _with_files(hub, model, _with_choice(found, revisions, model), seen))
 
 
 def listing_to_json(listing: Listing, remembered: Mapping[FileKey, str] | None = None) -> dict[str, Any]:
@@ -85,26 +86,6 @@ def remembered_from_json(data: Mapping[str, Any]) -> dict[FileKey, str]:
     return {(path, size, mtime_ns): digest for path, size, mtime_ns, digest in data.get("hashes", ())}
 
 
-def _refs(hub: Hub, repo: str) -> list[Checkpoint]:
-    """One checkpoint a ref; of a branch and a tag of one name the branch, as the Hub resolves it."""
-    found: dict[str, Checkpoint] = {}
-    for ref in hub.refs(repo):
-        parsed = (parse_name(ref.name) if ref.kind != "other" else None) or ParsedName()
-        checkpoint = Checkpoint(
-            name=ref.name,
-            kind=ref.kind,
-            commit=ref.commit,
-            stage=parsed.stage,
-            ingredient=parsed.ingredient,
-            seed=parsed.seed,
-            step=parsed.step,
-            tokens=parsed.tokens,
-            index=parsed.index,
-        )
-        found.setdefault(ref.name, checkpoint)
-    return list(found.values())
-
-
 def _with_tokens(checkpoints: Sequence[Checkpoint], tokens_per_step: int | None) -> tuple[Checkpoint, ...]:
     """Tokens of those whose names tell only steps, if the user says how many a step has."""
     if tokens_per_step is None:
@@ -123,22 +104,20 @@ def _with_choice(checkpoints: Sequence[Checkpoint], revisions: str, model: str) 
 
 
 def _with_files(
-    hub: Hub, repo: str, checkpoints: Sequence[Checkpoint], known: Listing | None
+    hub: Hub, model: str, checkpoints: Sequence[Checkpoint], seen: Sequence[Checkpoint]
 ) -> tuple[Checkpoint, ...]:
-    """Files, bytes and format of the chosen ones: one request for each commit."""
-    trees = {c.commit: c.files for c in known or () if c.commit and c.files}
-    commits = sorted({c.commit for c in checkpoints if c.chosen and c.commit and c.commit not in trees})
+    """Files, bytes and format of the chosen ones: one request for each commit whose files are not known."""
+    trees = {_place(c): c.files for c in (*seen, *checkpoints) if c.commit and c.files}
+    asked = {_place(c): c for c in checkpoints if c.chosen and c.commit and _place(c) not in trees}
     with ThreadPoolExecutor(PARALLEL_TREES, "listing") as pool:
-        trees |= dict(zip(commits, pool.map(lambda commit: hub.files(repo, commit), commits), strict=True))
+        found = pool.map(lambda c: hub.files(c.repo or model, str(c.commit)), asked.values())
+        trees |= dict(zip(asked, found, strict=True))
+    return tuple(with_files(c, trees[_place(c)]) if c.chosen and c.commit else c for c in checkpoints)
 
-    def with_files(checkpoint: Checkpoint) -> Checkpoint:
-        if not checkpoint.chosen or checkpoint.commit is None:
-            return checkpoint
-        files = trees[checkpoint.commit]
-        weights = weight_files(files)
-        return replace(checkpoint, files=files, bytes=weights.bytes, format=weights.format)
 
-    return tuple(map(with_files, checkpoints))
+def _place(checkpoint: Checkpoint) -> tuple[str | None, ...]:
+    """Where its files are: two checkpoints at one place have the same."""
+    return checkpoint.repo, checkpoint.commit, checkpoint.subfolder
 
 
 def _checkpoint_to_json(checkpoint: Checkpoint) -> dict[str, Any]:

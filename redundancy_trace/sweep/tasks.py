@@ -33,10 +33,10 @@ def open_tasks(listing: Listing, run: "Run", calibration: "Calibration") -> tupl
         commit = checkpoint.commit
         if commit is None:
             continue  # among the failures
-        identity = store.row_identity(commit, calibration.sha256, number_settings)
+        identity = store.row_identity(commit, calibration.sha256, number_settings, checkpoint.subfolder)
         part = store.part_name(commit, identity)
         if part in seen:
-            continue  # the same commit under another name: one set of rows
+            continue  # the same commit (and folder) under another name: one set of rows
         seen.add(part)
         if part in finished:
             kept += 1
