@@ -39,6 +39,11 @@ def place_of(checkpoint: Checkpoint) -> int:
     return 0 if unit is None else int(getattr(checkpoint, unit))
 
 
+def stage_of(checkpoint: Checkpoint) -> tuple[object, ...]:
+    """The stage of the training, or its named part, in a form that sorts: named parts follow the numbered stages."""
+    return _natural(_part(checkpoint)), checkpoint.stage or 0
+
+
 def training_positions(checkpoints: Sequence[Checkpoint]) -> list[int]:
     """How far into its training each checkpoint is, on one axis over all stages.
 
@@ -59,11 +64,13 @@ def training_positions(checkpoints: Sequence[Checkpoint]) -> list[int]:
         before = checkpoints[number - 1] if number else None
         if before is None or before.seed != checkpoint.seed:
             offset = reached = 0
-        elif _stage(before) != _stage(checkpoint):
+        elif stage_of(before) != stage_of(checkpoint):
             reached = max(
                 position for position, c in zip(positions, checkpoints, strict=False) if c.seed == before.seed
             )
-            first = min(place_of(c) for c in checkpoints if _stage(c) == _stage(checkpoint) and c.seed == before.seed)
+            first = min(
+                place_of(c) for c in checkpoints if stage_of(c) == stage_of(checkpoint) and c.seed == before.seed
+            )
             offset = reached if first < reached else 0
         positions.append(offset + place_of(checkpoint))
     return positions
@@ -73,7 +80,7 @@ def _training_key(checkpoint: Checkpoint) -> tuple[object, ...]:
     unit = unit_of(checkpoint)
     return (
         _natural(checkpoint.seed),
-        *_stage(checkpoint),
+        *stage_of(checkpoint),
         checkpoint.ingredient or 0,
         _UNITS.index(unit) if unit else len(_UNITS),
         place_of(checkpoint),
@@ -81,13 +88,8 @@ def _training_key(checkpoint: Checkpoint) -> tuple[object, ...]:
     )
 
 
-def _stage(checkpoint: Checkpoint) -> tuple[str, int]:
-    # "" sorts before every name, so named parts follow the numbered stages.
-    return _part(checkpoint), checkpoint.stage or 0
-
-
 def _part(checkpoint: Checkpoint) -> str:
-    parsed = parse_name(checkpoint.name)
+    parsed = parse_name(checkpoint.name.rpartition("/")[2])
     return (parsed.tag or "") if parsed else ""
 
 
