@@ -119,15 +119,15 @@ def _refuse_empty(model: str, checkpoints: Sequence[Checkpoint]) -> None:
     if any(checkpoint.is_parsed or checkpoint.format for checkpoint in chosen):
         return
     name, files = chosen[0].name, chosen[0].files or ()
-    held = ", ".join(file.path for file in files[:5]) or "nothing"
-    raw = raw_state(file.path for file in files)
+    held = ", ".join(sorted({file.path.partition("/")[0] for file in files})[:5]) or "nothing"
     training = [checkpoint.name for checkpoint in checkpoints if checkpoint.is_parsed]
-    there = (
-        f"Its checkpoints ({len(training)}) are {training[0]} to {training[-1]}: name one, or give --revisions log:20."
-        if training
-        else f"Its refs are {', '.join(checkpoint.name for checkpoint in checkpoints[:10])}."
-    )
-    raise InputError(f"{name} of {model} has no weights that can be read; it holds {held}. {raw or there}")
+    if training:
+        reach = f"{training[0]} to {training[-1]}" if len(training) > 1 else training[0]
+        hint = f"Checkpoints ({len(training)}): {reach}. Name one, or give --revisions log:20."
+    else:
+        refs = ", ".join(checkpoint.name for checkpoint in checkpoints[:10])
+        hint = raw_state(file.path for file in files) or f"Its refs are {refs}."
+    raise InputError(f"{name} of {model} has no weights that can be read; it holds {held}. {hint}")
 
 
 def _place(checkpoint: Checkpoint) -> tuple[str | None, ...]:

@@ -11,7 +11,7 @@ from redundancy_trace.checkpoints.records import Checkpoint
 # Labels are rounded, up or down: one of three digits or more is off by less than 1 %.
 FEWEST_DIGITS = 3
 FEWEST_LABELS = 3
-LARGEST_SPREAD = 1.03
+TOLERANCE = 0.01
 
 
 def with_tokens(checkpoints: Sequence[Checkpoint], tokens_per_step: int | None) -> tuple[Checkpoint, ...]:
@@ -42,13 +42,29 @@ def with_tokens(checkpoints: Sequence[Checkpoint], tokens_per_step: int | None) 
 
 
 def _fitted_rates(checkpoints: Sequence[Checkpoint]) -> dict[tuple[object, ...], float]:
-    """Tokens per step of each stage, the median of its labels; none where it changes (Apertus doubles it)."""
-    ratios: dict[tuple[object, ...], list[float]] = defaultdict(list)
+    """Tokens per step of each stage by its labels; none where it changes (Apertus doubles it)."""
+    labels: dict[tuple[object, ...], list[tuple[int, int]]] = defaultdict(list)
     for checkpoint in checkpoints:
-        if checkpoint.step and checkpoint.tokens and len(str(checkpoint.tokens).rstrip("0")) >= FEWEST_DIGITS:
-            ratios[stage_of(checkpoint)].append(checkpoint.tokens / checkpoint.step)
-    return {
-        stage: statistics.median(found)
-        for stage, found in ratios.items()
-        if len(found) >= FEWEST_LABELS and max(found) <= LARGEST_SPREAD * min(found)
-    }
+        if checkpoint.step and checkpoint.tokens:
+            labels[stage_of(checkpoint)].append((checkpoint.step, checkpoint.tokens))
+    rates = {stage: _rate(found) for stage, found in labels.items()}
+    return {stage: rate for stage, rate in rates.items() if rate is not None}
+
+
+def _rate(labels: Sequence[tuple[int, int]]) -> float | None:
+    """The median of tokens per step, if all labels agree with it but for their rounding."""
+    exact = [tokens / step for step, tokens in labels if len(_digits(tokens)) >= FEWEST_DIGITS]
+    if len(exact) < FEWEST_LABELS:
+        return None
+    rate = statistics.median(exact)
+    fits = all(abs(tokens - rate * step) <= _unit(tokens) + TOLERANCE * tokens for step, tokens in labels)
+    return rate if fits else None
+
+
+def _digits(tokens: int) -> str:
+    return str(tokens).rstrip("0")
+
+
+def _unit(tokens: int) -> int:
+    """What the last digit of a label counts, as far as one can see: 15T is told in units of 1T."""
+    return int(10 ** (len(str(tokens)) - len(_digits(tokens))))
