@@ -593,7 +593,7 @@ def test_tokens_are_fitted_from_the_labels_of_the_stage_if_these_agree() -> None
 
 
 def test_tokens_are_not_fitted_where_a_step_does_not_stay_as_long() -> None:
-    apertus = [f"step{n}-tokens{n * 42 // 10**7}B" for n in range(50000, 950001, 50000)]  # to step950000-tokens3990B
+    apertus = [f"step{n}-tokens{n * 42 // 10**4}B" for n in range(50000, 950001, 50000)]  # to step950000-tokens3990B
     by_name = {c.name: c.tokens for c in with_tokens(training(*apertus, "step525000"), None)}
     assert by_name["step525000"] == 525000 * 4_200_000
     doubled = with_tokens(training(*apertus, "step525000", "step2627139-tokens15T"), None)
