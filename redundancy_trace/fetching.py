@@ -3,16 +3,18 @@
 import errno
 import os
 import shutil
-import socket
-import sys
+import threading
+import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Event
 
 from redundancy_trace.checkpoints import Checkpoint, needed_files, raw_state, weight_files
 from redundancy_trace.errors import CheckpointError, InputError
-from redundancy_trace.hub import Hub, RepoFile
+from redundancy_trace.hub import Hub, RepoFile, Stopped, may_pass
+
+_TURN_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -23,13 +25,60 @@ class Fetched:
         folder: Holds its config and weights.
         temporary: Whether it was fetched for this run and may be deleted; never the user's own files.
         bytes_moved: Bytes that came over the network for it.
-        root: What was fetched, whole, where `folder` is only a part of it.
     """
 
     folder: Path
     temporary: bool
     bytes_moved: int
-    root: Path | None = None
+    _claim: "_Claim | None" = field(default=None, repr=False, compare=False)
+    _room: "Room | None" = field(default=None, repr=False, compare=False)
+
+
+class Room:
+    """The room on disk that fetched checkpoints may take; one that has to wait for it waits until another is gone."""
+
+    def __init__(self, budget: int | None = None) -> None:
+        """Room for `budget` bytes (`--disk-budget`), None = as much as is free."""
+        self._budget = budget
+        self._changed = threading.Condition()
+        self._held: dict[Path, int] = {}
+        self._kept = 0
+
+    def reserve(self, folder: Path, total: int, present: int, name: str, stopped: Event | None = None) -> None:
+        """Reserve room for a checkpoint of `total` bytes, of which `present` are there, before the first is moved.
+
+        Raises:
+            CheckpointError: It does not fit, and nothing is about to be deleted.
+        """
+        with self._changed:
+            while (reason := self._lacking(folder, total, present, name)) is not None:
+                if not self._held:
+                    raise CheckpointError(reason)
+                if stopped is not None and stopped.is_set():
+                    raise CheckpointError(f"{name} was not fetched: the sweep ended.")
+                self._changed.wait(_TURN_SECONDS)
+            self._held[folder] = total
+
+    def release(self, folder: Path, *, kept: bool = False) -> None:
+        """A checkpoint is deleted, or (`kept`) stays."""
+        with self._changed:
+            total = self._held.pop(folder, 0)
+            self._kept += total if kept else 0
+            self._changed.notify_all()
+
+    def _lacking(self, folder: Path, total: int, present: int, name: str) -> str | None:
+        there = next(path for path in (folder, *folder.parents) if path.exists())
+        free = shutil.disk_usage(there).free
+        if total - present > free:
+            return _no_space(name, there, total - present, free)
+        used = sum(self._held.values()) + self._kept
+        if self._budget is not None and used + total > self._budget:
+            beside = f", {used:,} are in use" if used else ""
+            return (
+                f"{name} needs {total:,} bytes on disk, but --disk-budget is {self._budget:,}{beside}. Give more, or "
+                "--fetch stream, which needs none."
+            )
+        return None
 
 
 def fetch(
@@ -39,21 +88,24 @@ def fetch(
     into: Path,
     on_bytes: Callable[[int], None] | None = None,
     stopped: Event | None = None,
+    room: Room | None = None,
 ) -> Fetched:
     """Bring a checkpoint's config and weights to this machine, unless they are here.
 
     Args:
-        listing_model: The repository (`Listing.model`) of all that have none of their own.
+        listing_model: The repository (`Listing.model`), where the checkpoint names none of its own.
         checkpoint: Which one.
         hub: Where from.
-        into: The run's folder for this commit. Each process has a folder of its own in it, so that two processes on
-            one run neither write into nor delete each other's files.
+        into: The run's folder for this commit; taken up as it is, unless another process is at work in it: then one
+            beside it is used, so that two processes on one run neither write into nor delete each other's files.
         on_bytes: Told the bytes of each chunk that arrives (negative when a file starts again); an exception that
             it raises ends the download.
         stopped: Once set (by another thread), the download ends soon.
+        room: Where room on the disk is reserved; None = as much as is free.
 
     Raises:
-        CheckpointError: There are no weights, a file cannot be had, or there is no space. Nothing is left behind.
+        CheckpointError: There are no weights, a file cannot be had, or there is no space. What has arrived stays to be
+            gone on with if the fault may pass; else nothing is left behind.
     """
     if checkpoint.path is not None:
         return Fetched(_whole_folder(checkpoint, checkpoint.path), temporary=False, bytes_moved=0)
@@ -62,17 +114,16 @@ def fetch(
         raise CheckpointError(f"{checkpoint.name} of {listing_model} has no commit; list the model again.")
     repo = checkpoint.repo or listing_model
     try:
-        files = _in_repository(checkpoint, _needed(repo, checkpoint, hub, commit))
+        files = _needed(repo, checkpoint, hub, commit)
     except CheckpointError:
         if hub.is_offline:
-            raise _not_cached(listing_model, checkpoint) from None
+            raise _not_cached(repo, checkpoint) from None
         raise
-    paths = [file.path for file in files]
-    inside = checkpoint.subfolder or ""
-    if cached := hub.cached(repo, commit, paths):
-        return Fetched(cached / inside, temporary=False, bytes_moved=0)
+    below = checkpoint.subfolder or ""
+    if cached := hub.cached(repo, commit, [file.path for file in files]):
+        return Fetched(cached / below, temporary=False, bytes_moved=0)
     if hub.is_offline:
-        raise _not_cached(listing_model, checkpoint)
+        raise _not_cached(repo, checkpoint)
     moved = 0
 
     def count(number: int) -> None:
@@ -81,56 +132,65 @@ def fetch(
         if on_bytes:
             on_bytes(number)
 
-    folder = into / _owner()
+    room = room or Room()
     try:
-        _adopt(into, folder)
-        _check_space(folder, files, checkpoint.name)
-        hub.download(repo, commit, paths, folder, count, stopped)
-        _check_sizes(folder, files, checkpoint.name)
+        claim = _claim(into)
+    except OSError as error:
+        raise CheckpointError(f"{checkpoint.name} cannot be stored: {error}.") from error
+    fetched = Fetched(claim.folder / below, temporary=True, bytes_moved=0, _claim=claim, _room=room)
+    try:
+        room.reserve(claim.folder, _size(files), _present(claim.folder, files), checkpoint.name, stopped)
+        hub.download(repo, commit, files, claim.folder, count, stopped)
     except BaseException as error:
-        discard(Fetched(folder, temporary=True, bytes_moved=moved))
-        if isinstance(error, OSError) or _is_full(error.__cause__):
-            raise _disk_error(error, folder, files, checkpoint.name) from error
+        full = _is_full(error) or _is_full(error.__cause__)
+        ended = isinstance(error, Stopped) or not isinstance(error, Exception)
+        (leave if ended or may_pass(error.__cause__) else discard)(fetched)
+        if full or isinstance(error, OSError):
+            raise _disk_error(error, claim.folder, files, checkpoint.name) from error
         raise
-    return Fetched(folder / inside, temporary=True, bytes_moved=moved, root=folder)
+    return replace(fetched, bytes_moved=moved)
 
 
 def discard(fetched: Fetched) -> None:
     """Delete what was fetched for the run; files that the user had before stay."""
-    if not fetched.temporary:
+    if fetched._claim is None or not fetched._claim.held:
         return
-    root = fetched.root or fetched.folder
-    shutil.rmtree(root, ignore_errors=True)
-    try:
-        root.parent.rmdir()
-    except OSError:
-        return  # another process has its own copy there
+    shutil.rmtree(fetched._claim.folder, ignore_errors=True)
+    fetched._claim.let_go()
+    if fetched._room is not None:
+        fetched._room.release(fetched._claim.folder)
+
+
+def leave(fetched: Fetched) -> None:
+    """Let go of what was fetched but leave it where it is: another call, or process, takes it up."""
+    if fetched._claim is None or not fetched._claim.held:
+        return
+    fetched._claim.let_go()
+    if fetched._room is not None:
+        fetched._room.release(fetched._claim.folder, kept=True)
+    _remove_if_empty(fetched._claim.folder)
 
 
 def abandon(into: Path) -> None:
-    """Delete what this process has in the run's folder for a commit, while its download may not have ended yet."""
-    discard(Fetched(into / _owner(), temporary=True, bytes_moved=0))
+    """Delete what `leave` left of a commit, unless another process has taken it up."""
+    if into.is_dir():
+        discard(Fetched(into, temporary=True, bytes_moved=0, _claim=_claim(into)))
 
 
 def _needed(model: str, checkpoint: Checkpoint, hub: Hub, commit: str) -> tuple[RepoFile, ...]:
+    """What has to be there of a checkpoint, with paths from the root of the repository."""
+    below = f"{checkpoint.subfolder}/" if checkpoint.subfolder else ""
     try:
-        files = checkpoint.files if checkpoint.files is not None else _own(checkpoint, hub.files(model, commit))
+        files = checkpoint.files if checkpoint.files is not None else _below(hub.files(model, commit), below)
     except InputError as error:  # the listing was fine, so it is this one checkpoint
         raise CheckpointError(str(error)) from error
     _check_complete(files, f"{checkpoint.name} of {model}")
-    return needed_files(files)
+    return tuple(replace(file, path=below + file.path) for file in needed_files(files))
 
 
-def _own(checkpoint: Checkpoint, files: Sequence[RepoFile]) -> tuple[RepoFile, ...]:
-    """Those files of a commit that are the checkpoint's, relative to its folder."""
-    inside = f"{checkpoint.subfolder}/" if checkpoint.subfolder else ""
-    return tuple(replace(file, path=file.path[len(inside) :]) for file in files if file.path.startswith(inside))
-
-
-def _in_repository(checkpoint: Checkpoint, files: Sequence[RepoFile]) -> tuple[RepoFile, ...]:
-    """A checkpoint's files, relative to the root of the repository."""
-    inside = f"{checkpoint.subfolder}/" if checkpoint.subfolder else ""
-    return tuple(replace(file, path=inside + file.path) for file in files)
+def _below(files: Sequence[RepoFile], folder: str) -> tuple[RepoFile, ...]:
+    """The files of a folder (`a/b/`, or `` for the root), with paths from there."""
+    return tuple(replace(file, path=file.path.removeprefix(folder)) for file in files if file.path.startswith(folder))
 
 
 def _not_cached(model: str, checkpoint: Checkpoint) -> CheckpointError:
@@ -167,54 +227,81 @@ def _check_complete(files: Sequence[RepoFile], what: str) -> None:
         raise CheckpointError(f"{what} has weights, but no config.json.")
 
 
-def _owner() -> str:
-    """Name of this process's own folder."""
-    return f"{socket.gethostname()}-{os.getpid()}"
+@dataclass
+class _Claim:
+    """A folder that this process alone works in; the lock on it is gone with the process."""
+
+    folder: Path
+    descriptor: int | None
+    held: bool = True
+
+    def let_go(self) -> None:
+        """Give the folder free."""
+        self.held = False
+        if self.descriptor is not None:
+            os.close(self.descriptor)
+            self.descriptor = None
 
 
-def _adopt(into: Path, folder: Path) -> None:
-    """Take over what a process of this machine that is no longer alive had fetched (or kept) of the commit."""
-    into.mkdir(parents=True, exist_ok=True)
-    prefix = f"{socket.gethostname()}-"
-    for left in into.iterdir() if not folder.exists() else ():
-        pid = left.name.removeprefix(prefix)
-        if left.name.startswith(prefix) and pid.isdecimal() and not _is_alive(int(pid)):
-            try:
-                left.rename(folder)
-            except OSError:
-                continue  # another process was faster
-            return
+def _claim(into: Path) -> _Claim:
+    """The folder `into`, made if it is not there, or one beside it while another process holds it."""
+    number = 1
+    while True:
+        folder = into if number == 1 else into.with_name(f"{into.name}-{number}")
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = _lock(folder)
+        except OSError:  # a file system without locks: nobody else's files can be told from those of the dead
+            folder = into.with_name(f"{into.name}-{uuid.uuid4().hex[:8]}")
+            folder.mkdir(parents=True)
+            return _Claim(folder, None)
+        if descriptor is not None:
+            return _Claim(folder, descriptor)
+        number += 1
 
 
-def _is_alive(pid: int) -> bool:
-    if sys.platform == "win32":
-        return True  # signal 0 would end the process there
+def _lock(folder: Path) -> int | None:
+    """Lock a folder; None if another process has it, or has just deleted it.
+
+    Raises:
+        OSError: Folders cannot be locked here.
+    """
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+        import fcntl
+    except ImportError as error:
+        raise OSError("no locks on this system") from error
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if folder.stat().st_ino == os.fstat(descriptor).st_ino:
+            return descriptor
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    except OSError:
+        os.close(descriptor)
+        raise
+    os.close(descriptor)
+    return None
 
 
-def _check_space(folder: Path, files: Sequence[RepoFile], name: str) -> None:
-    """Refuse before the first byte what cannot fit."""
-    folder.mkdir(parents=True, exist_ok=True)
-    present = sum(file.size for file in files if (folder / file.path).is_file())
-    missing = sum(file.size for file in files) - present
-    free = shutil.disk_usage(folder).free
-    if missing > free:
-        raise CheckpointError(_no_space(name, folder, missing, free))
+def _size(files: Sequence[RepoFile]) -> int:
+    return sum(file.size for file in files)
 
 
-def _check_sizes(folder: Path, files: Sequence[RepoFile], name: str) -> None:
-    for file in files:
-        size = (folder / file.path).stat().st_size
-        if size != file.size:
-            raise CheckpointError(
-                f"{file.path} of {name} has {size:,} bytes after the download, {file.size:,} are right."
-            )
+def _present(folder: Path, files: Sequence[RepoFile]) -> int:
+    """Bytes on disk of what an earlier call fetched; a file that is still arriving counts by its blocks."""
+    there = [path for file in files for path in (folder / file.path, folder / f"{file.path}.part") if path.is_file()]
+    return sum(min(path.stat().st_size, path.stat().st_blocks * 512) for path in there)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    try:
+        folder.rmdir()
+    except OSError:
+        return
 
 
 def _is_full(error: BaseException | None) -> bool:

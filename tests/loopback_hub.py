@@ -93,6 +93,9 @@ class Fault:
     cut_at: int | None
     bytes_per_second: float | None
     body: bytes | None
+    corrupt_at: int | None
+    length_off: int
+    whole: bool
 
     def matches(self, method: str, path: str) -> bool:
         return self.times > 0 and self.method in (None, method) and fnmatch.fnmatchcase(path, self.pattern)
@@ -231,6 +234,9 @@ class LoopbackHub:
         cut_at: int | None = None,
         bytes_per_second: float | None = None,
         body: bytes | None = None,
+        corrupt_at: int | None = None,
+        length_off: int = 0,
+        whole: bool = False,
     ) -> None:
         """Let the next `times` requests to a path like `pattern` (glob, decoded path) fail.
 
@@ -245,9 +251,13 @@ class LoopbackHub:
             cut_at: Close the connection after so many bytes of the body.
             bytes_per_second: Send the body in a slow trickle.
             body: Answer with this body.
+            corrupt_at: Send another byte there.
+            length_off: Claim so many bytes more than there are, and close the connection behind the body.
+            whole: Answer a request for a range with the whole file.
         """
         extra = dict(headers or {}) | ({} if retry_after is None else {"Retry-After": str(retry_after)})
-        self.faults.append(Fault(pattern, method, times, status, error_code, extra, cut_at, bytes_per_second, body))
+        content = (cut_at, bytes_per_second, body, corrupt_at, length_off, whole)
+        self.faults.append(Fault(pattern, method, times, status, error_code, extra, *content))
 
     def take_fault(self, method: str, path: str) -> Fault | None:
         with self.lock:
@@ -484,7 +494,7 @@ def _handler(hub: LoopbackHub) -> type[BaseHTTPRequestHandler]:
 
         def answer_bytes(self, blob: Blob, headers: dict[str, str]) -> None:
             match = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
-            if not match:
+            if not match or (self.fault and self.fault.whole):
                 self.answer(200, b"" if self.command == "HEAD" else blob.read(), headers, length=blob.size)
                 return
             first = int(match[1])
@@ -502,10 +512,16 @@ def _handler(hub: LoopbackHub) -> type[BaseHTTPRequestHandler]:
             self.send_response(status)
             for key, value in headers.items():
                 self.send_header(key, value)
-            self.send_header("Content-Length", str(len(body) if length is None else length))
+            off = self.fault.length_off if self.fault else 0
+            if off:
+                self.close_connection = True
+            self.send_header("Content-Length", str((len(body) if length is None else length) + off))
             self.end_headers()
             if self.command == "HEAD":
                 return
+            if self.fault and self.fault.corrupt_at is not None and self.fault.corrupt_at < len(body):
+                at = self.fault.corrupt_at
+                body = body[:at] + bytes([body[at] ^ 0xFF]) + body[at + 1 :]
             if self.fault and self.fault.cut_at is not None:
                 self.wfile.write(body[: self.fault.cut_at])
                 self.wfile.flush()

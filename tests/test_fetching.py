@@ -1,18 +1,18 @@
 import errno
-import os
 import shutil
 import subprocess
 import sys
+import time
 from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from loopback_hub import LoopbackHub
 
-from redundancy_trace import fetching
 from redundancy_trace.checkpoints import Checkpoint, list_checkpoints
 from redundancy_trace.errors import CheckpointError
-from redundancy_trace.fetching import Fetched, discard, fetch
+from redundancy_trace.fetching import Fetched, Room, discard, fetch, leave
 from redundancy_trace.hub import Hub
 
 FILES = {
@@ -166,12 +166,81 @@ def test_failure_leaves_nothing(loopback_hub: LoopbackHub, step: Checkpoint, hub
     assert content(fetch("org/model", step, hub, into).folder) == NEEDED
 
 
-def test_interrupt_leaves_nothing(step: Checkpoint, hub: Hub, into: Path) -> None:
-    def interrupt(count: int) -> None:
-        raise KeyboardInterrupt
+def test_an_interrupted_download_is_gone_on_with(
+    loopback_hub: LoopbackHub, step: Checkpoint, hub: Hub, into: Path
+) -> None:
+    loopback_hub.fault("*/model.safetensors", bytes_per_second=400_000)
 
+    def interrupt(count: int) -> None:
+        arrived.append(count)
+        if sum(arrived) > 10_000:
+            raise KeyboardInterrupt
+
+    arrived: list[int] = []
     with pytest.raises(KeyboardInterrupt):
         fetch("org/model", step, hub, into, interrupt)
+    assert "model.safetensors.part" in content(into)
+    again = fetch("org/model", step, hub, into)
+    assert again.folder == into
+    assert content(into) == NEEDED
+    assert (into / "model.safetensors").read_bytes() == FILES["model.safetensors"]
+    whole = sum(len(FILES[name]) for name in NEEDED)
+    assert whole <= again.bytes_moved + sum(arrived) <= whole + 4096, "nothing is moved twice but the last chunk"
+    discard(again)
+    assert not into.exists()
+
+
+def test_a_broken_connection_leaves_what_has_arrived(
+    loopback_hub: LoopbackHub, step: Checkpoint, hub: Hub, into: Path
+) -> None:
+    loopback_hub.fault("*/model.safetensors", cut_at=20_000)
+    loopback_hub.fault("*/model.safetensors", status=503, times=99)
+    with pytest.raises(CheckpointError, match="answered 503"):
+        fetch("org/model", step, hub, into)
+    loopback_hub.faults.clear()
+    assert fetch("org/model", step, hub, into).bytes_moved <= len(FILES["model.safetensors"]) - 20_000
+
+
+def test_wrong_content_is_fetched_again_once(loopback_hub: LoopbackHub, step: Checkpoint, hub: Hub, into: Path) -> None:
+    loopback_hub.fault("*/model.safetensors", corrupt_at=77)
+    loopback_hub.fault("*/config.json", corrupt_at=0)
+    fetched = fetch("org/model", step, hub, into)
+    for name in NEEDED:
+        assert (fetched.folder / name).read_bytes() == FILES[name]
+    discard(fetched)
+    loopback_hub.fault("*/model.safetensors", corrupt_at=77, times=9)
+    with pytest.raises(CheckpointError, match=r"model.safetensors of org/model arrived twice with another hash"):
+        fetch("org/model", step, hub, into)
+    assert not into.exists()
+
+
+def test_a_subfolder_of_a_repository_of_its_own(loopback_hub: LoopbackHub, hub: Hub, tmp_path: Path) -> None:
+    loopback_hub.add_repo("org/part", revisions={"main": {f"hf_ckpt/1B/{name}": data for name, data in FILES.items()}})
+    commit = loopback_hub.commit("org/part", "main")
+    checkpoint = Checkpoint(name="1B", kind="subfolder", commit=commit, repo="org/part", subfolder="hf_ckpt/1B")
+    fetched = fetch("org/other", checkpoint, hub, tmp_path / "into")
+    assert fetched.folder == tmp_path / "into" / "hf_ckpt" / "1B"
+    assert content(fetched.folder) == NEEDED
+    discard(fetched)
+    assert not (tmp_path / "into").exists()
+
+
+def test_room_is_waited_for_and_refused_before_the_first_byte(
+    loopback_hub: LoopbackHub, step: Checkpoint, hub: Hub, into: Path
+) -> None:
+    size = sum(len(FILES[name]) for name in NEEDED)
+    room = Room(size + 10)
+    first = fetch("org/model", step, hub, into, room=room)
+    with ThreadPoolExecutor(1) as pool:
+        second = pool.submit(fetch, "org/model", step, hub, into.with_name("next"), room=room)
+        time.sleep(0.3)
+        assert not second.done()
+        discard(first)
+        leave(second.result(10))
+    loopback_hub.forget_requests()
+    with pytest.raises(CheckpointError, match=rf"--disk-budget is {size + 10:,}, {size:,} are in use.*--fetch stream"):
+        fetch("org/model", step, hub, into, room=room)
+    assert loopback_hub.count() == 0
     assert not into.exists()
 
 
@@ -187,10 +256,10 @@ def test_no_space_is_told_before_the_first_byte(
 
 
 def test_no_space_while_downloading(step: Checkpoint, hub: Hub, into: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(self: Hub, *_: object) -> None:
+    def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Hub, "_download_file", full)
+    monkeypatch.setattr("redundancy_trace.hub.partial.PartialFile.write", full)
     with pytest.raises(CheckpointError, match="No space for step5: it needs 25,604 bytes"):
         fetch("org/model", step, hub, into)
     assert not into.exists()
@@ -202,39 +271,37 @@ def test_unwritable_place(step: Checkpoint, hub: Hub, tmp_path: Path) -> None:
         fetch("org/model", step, hub, tmp_path / "file" / "commit")
 
 
-def test_wrong_size_is_not_trusted(step: Checkpoint, hub: Hub, into: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def short(self: Hub, repo: str, commit: str, path: str, folder: Path, meter: object) -> None:
-        (folder / path).write_bytes(b"1")
-
-    monkeypatch.setattr(Hub, "_download_file", short)
-    with pytest.raises(CheckpointError, match="has 1 bytes after the download, 2 are right"):
-        fetch("org/model", step, hub, into)
-    assert not into.exists()
-
-
-def _leftover(into: Path, pid: int) -> Path:
-    return into / f"{fetching.socket.gethostname()}-{pid}"
+@pytest.mark.parametrize("length_off", [-1, 1])
+def test_a_length_that_is_none(
+    loopback_hub: LoopbackHub, step: Checkpoint, hub: Hub, into: Path, length_off: int
+) -> None:
+    loopback_hub.fault("*/model.safetensors", length_off=length_off, times=2)
+    fetched = fetch("org/model", step, hub, into)
+    assert (fetched.folder / "model.safetensors").read_bytes() == FILES["model.safetensors"]
 
 
-def test_what_a_dead_process_left_is_taken_over(
+def test_what_a_killed_process_left_is_gone_on_with(
     loopback_hub: LoopbackHub, step: Checkpoint, hub: Hub, into: Path
 ) -> None:
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    first = fetch("org/model", step, hub, into)
-    first.folder.rename(_leftover(into, dead.pid))
-    (_leftover(into, dead.pid) / "generation_config.json").unlink()
-    loopback_hub.forget_requests()
-    again = fetch("org/model", step, hub, into)
-    assert content(again.folder) == NEEDED
-    assert again.bytes_moved == len(FILES["generation_config.json"])
-    assert [path.name for path in into.iterdir()] == [again.folder.name]
-
-
-def test_a_living_process_keeps_its_own(step: Checkpoint, hub: Hub, into: Path) -> None:
-    other = _leftover(into, os.getppid())
-    fetch("org/model", step, hub, into).folder.rename(other)
+    loopback_hub.fault("*/model.safetensors", bytes_per_second=20_000, times=9)
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom redundancy_trace.checkpoints import Checkpoint\n"
+        "from redundancy_trace.fetching import fetch\nfrom redundancy_trace.hub import Hub\n"
+        f"step = Checkpoint(name='step5', kind='branch', commit={step.commit!r})\n"
+        f"fetch('org/model', step, Hub({loopback_hub.url!r}), Path({str(into)!r}), lambda n: print(n, flush=True))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    moved = 0
+    while moved < 9_000:
+        moved += int(process.stdout.readline())
     mine = fetch("org/model", step, hub, into)
-    assert mine.bytes_moved > 0
+    assert mine.folder == into.with_name(f"{into.name}-2"), "a living process keeps its own"
     discard(mine)
-    assert content(other) == NEEDED
+    process.kill()
+    process.communicate()
+    loopback_hub.faults.clear()
+    again = fetch("org/model", step, hub, into)
+    assert again.folder == into
+    assert content(into) == NEEDED
+    assert again.bytes_moved <= len(FILES["model.safetensors"]) - 8_000

@@ -60,7 +60,7 @@ def cached_files(repo: str, commit: str, kind: RepoKind) -> tuple[RepoFile, ...]
     """Those files of a commit that the cache holds."""
     snapshot = _folder(repo, kind) / "snapshots" / commit
     return tuple(
-        RepoFile(file.relative_to(snapshot).as_posix(), file.stat().st_size, _sha256_of_blob(file))
+        RepoFile(file.relative_to(snapshot).as_posix(), file.stat().st_size, *_hashes_of_blob(file))
         for file in sorted(snapshot.rglob("*"))
         if file.is_file()
     )
@@ -78,7 +78,7 @@ def _folder(repo: str, kind: RepoKind) -> Path:
     return folder
 
 
-def _sha256_of_blob(file: Path) -> str | None:
-    # The cache names the blob of a large file by its SHA-256, of a small one by its git SHA-1.
+def _hashes_of_blob(file: Path) -> tuple[str | None, str | None]:
+    """SHA-256 and git SHA-1: the cache names the blob of a large file by the one, of a small file by the other."""
     name = file.resolve().name
-    return name if re.fullmatch(r"[0-9a-f]{64}", name) else None
+    return tuple(name if re.fullmatch(rf"[0-9a-f]{{{digits}}}", name) else None for digits in (64, 40))  # type: ignore[return-value]

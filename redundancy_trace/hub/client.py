@@ -1,12 +1,12 @@
 """Asking a Hub: refs, commits, trees and files.
 
 The API calls are made here, on huggingface_hub's session and headers, because its own have no time-out and
-most give up at the first 429 or 503. File bodies go through its downloader, always by commit.
+most give up at the first 429 or 503. So are weights fetched, since its downloader begins a broken file anew; a small
+file that is worth keeping goes through it into the user's cache. All by commit.
 """
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +18,11 @@ from redundancy_trace.errors import CheckpointError, InputError, TraceError, fir
 from redundancy_trace.hub.cache import cached_commit, cached_files, cached_refs, cached_snapshot, record_ref
 from redundancy_trace.hub.failures import explained, retried
 from redundancy_trace.hub.progress import Meter
+from redundancy_trace.hub.ranges import REQUEST_TIMEOUT_SECONDS, RemoteFile, WrongContent, WrongLength
+from redundancy_trace.hub.rate import allowance, observe
 from redundancy_trace.hub.records import COMMIT, Ref, RefKind, RepoFile, RepoKind
+from redundancy_trace.hub.transfer import download_files
 
-REQUEST_TIMEOUT_SECONDS = 30.0
-PARALLEL_FILES = 8
 _REF_GROUPS: tuple[tuple[str, RefKind], ...] = (
     ("branches", "branch"),
     ("tags", "tag"),
@@ -103,11 +104,7 @@ class Hub:
         with self._told(InputError, repo, commit, kind=kind):
             while page:
                 entries, page = self._get_json(page)
-                found += [
-                    RepoFile(entry["path"], entry["size"], (entry.get("lfs") or {}).get("oid"))
-                    for entry in entries
-                    if entry["type"] == "file"
-                ]
+                found += [_file_of(entry) for entry in entries if entry["type"] == "file"]
         return tuple(found)
 
     def cached(self, repo: str, commit: str, paths: Sequence[str], kind: RepoKind = "model") -> Path | None:
@@ -118,49 +115,43 @@ class Hub:
         self,
         repo: str,
         commit: str,
-        paths: Sequence[str],
+        files: Sequence[RepoFile],
         folder: Path,
         on_bytes: Callable[[int], None] | None = None,
         stopped: Event | None = None,
     ) -> None:
-        """Fetch files of a commit into `folder`, up to eight at a time; what it has of that commit stays.
+        """Fetch files of a commit into `folder`, up to eight parts at a time, and check their hashes.
+
+        What has arrived of a file stays there when a download ends early (as `<name>.part`), and is gone on with by
+        the next call, of another process too.
 
         Args:
             repo: Repository.
             commit: Its commit, 40 hex digits.
-            paths: Files, relative to the repository; they keep these paths below `folder`.
+            files: Which; they keep their paths below `folder`.
             folder: Where they go.
             on_bytes: Told the bytes of each chunk that arrives, never by two threads at once; negative when
                 a file starts again. An exception that it raises ends the download.
             stopped: Once set, the download ends at its next chunk, and no retry is waited for. It is set by a failure.
 
         Raises:
-            CheckpointError: A file cannot be had: missing, no access, no answer, connection lost, no space.
+            CheckpointError: A file cannot be had: missing, no access, no answer, connection lost, wrong content,
+                no space.
         """
         if self.is_offline:
             raise CheckpointError(
                 f"{repo} at {commit[:12]} is not in the Hub cache, and the network is not to be used. "
                 "Leave out --offline (and HF_HUB_OFFLINE) to download it."
             )
-        meter = Meter(on_bytes, stopped)
+        remotes = [(file, self.remote_file(repo, commit, file), folder / file.path) for file in files]
+        with self._told(CheckpointError, repo, commit):
+            download_files(remotes, Meter(on_bytes, stopped))
 
-        def fetch_one(path: str) -> None:
-            with self._told(CheckpointError, repo, commit):
-                retried(
-                    lambda: self._download_file(repo, commit, path, folder, meter),
-                    patient=True,
-                    stopped=meter.stopped,
-                )
-
-        with ThreadPoolExecutor(PARALLEL_FILES, "download") as pool:
-            futures = [pool.submit(fetch_one, path) for path in paths]
-            try:
-                for future in futures:
-                    future.result()
-            except BaseException:
-                meter.stop()
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+    def remote_file(self, repo: str, commit: str, file: RepoFile, kind: RepoKind = "model") -> RemoteFile:
+        """A file of a commit, to be read by ranges; nothing is asked for yet."""
+        prefix = "datasets/" if kind == "dataset" else ""
+        address = f"{self.url}/{prefix}{_checked(repo)}/resolve/{commit}/{quote(file.path)}"
+        return RemoteFile(self.url, address, file.size, self.token)
 
     def dataset_files(self, repo: str, revision: str = "main") -> tuple[RepoFile, ...]:
         """All files of a dataset repository at a revision.
@@ -230,29 +221,17 @@ class Hub:
         )
 
         def get() -> tuple[Any, str | None]:
+            allowance(self.url, "api").take()
             response = get_session().get(
                 path if path.startswith("http") else self.url + path,
                 headers=build_hf_headers(token=self.token),
                 timeout=REQUEST_TIMEOUT_SECONDS,
             )
+            observe(self.url, "api", response.headers)
             hf_raise_for_status(response)
             return response.json(), response.links.get("next", {}).get("url")
 
         return retried(get, patient=False)
-
-    def _download_file(self, repo: str, commit: str, path: str, folder: Path, meter: Meter) -> None:
-        from huggingface_hub import hf_hub_download
-
-        with meter.one_file() as bar:
-            hf_hub_download(
-                repo,
-                path,
-                revision=commit,
-                local_dir=folder,
-                endpoint=self.url,
-                token=self.token,
-                tqdm_class=bar,
-            )
 
     @contextmanager
     def _told(
@@ -266,7 +245,7 @@ class Hub:
             yield
         except RevisionNotFoundError:
             raise told_as(self._unknown_revision(repo, revision, kind)) from None
-        except (httpx2.HTTPError, httpx2.InvalidURL, OSError) as error:
+        except (httpx2.HTTPError, httpx2.InvalidURL, OSError, WrongLength, WrongContent) as error:
             raise told_as(explained(error, repo, self.url)) from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             # A captive portal or a plain web server answers 200 with something else.
@@ -281,6 +260,11 @@ class Hub:
         names = [ref.name for ref in self.refs(repo, kind)]
         like = nearest(revision, names) or names[:3]
         return f"{repo} has no revision {revision!r}; nearest of its {len(names)}: {', '.join(like)}."
+
+
+def _file_of(entry: dict[str, Any]) -> RepoFile:
+    large = (entry.get("lfs") or {}).get("oid")
+    return RepoFile(entry["path"], entry["size"], large, None if large else entry.get("oid"))
 
 
 def _checked(repo: str) -> str:

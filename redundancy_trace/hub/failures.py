@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 from redundancy_trace.errors import first_line
+from redundancy_trace.hub.ranges import WrongContent, WrongLength
 
 T = TypeVar("T")
 
@@ -49,7 +50,7 @@ def retried(call: Callable[[], T], *, patient: bool, stopped: threading.Event | 
         return max(grown, seconds_asked(state.outcome.exception()) or 0.0)
 
     retrying = Retrying(
-        retry=retry_if_exception(_may_pass),
+        retry=retry_if_exception(may_pass),
         stop=give_up,
         wait=wait,
         sleep=sleep_using_event(stopped),
@@ -67,11 +68,14 @@ def root_of(error: BaseException | None) -> BaseException | None:
     return error
 
 
-def _may_pass(error: BaseException) -> bool:
+def may_pass(error: BaseException | None) -> bool:
+    """Whether a fault may be gone when the call is made again: a busy server, a broken connection."""
     import httpx2
     from huggingface_hub.errors import HfHubHTTPError
 
     root = root_of(error)
+    if isinstance(root, WrongLength):  # a page of a proxy in between, say
+        return True
     if isinstance(root, HfHubHTTPError):
         return root.response.status_code in _PASSING_STATUS
     if isinstance(root, httpx2.TransportError):
@@ -146,4 +150,11 @@ def explained(error: BaseException, repo: str, url: str) -> str:
         )
     if isinstance(root, httpx2.TransportError):
         return f"The connection to {url} broke off ({first_line(root)}). Run again: what is finished stays."
+    if isinstance(root, WrongLength):
+        return f"A file of {repo} is not what {url} lists: {first_line(root)}. Run again, which lists anew."
+    if isinstance(root, WrongContent):
+        return (
+            f"{first_line(root)} of {repo} arrived twice with another hash than {url} tells: damaged there, or changed "
+            "on the way (a proxy, a mirror)."
+        )
     return f"{repo}: {first_line(root)}"

@@ -26,8 +26,10 @@ class RepoFile:
         path: Relative to the root of the repository, with `/`.
         size: Bytes.
         sha256: Hash of the content where known without reading it (on the Hub: every weight file), else None.
+        git_sha1: Git's hash of the content (over its length, too), which the Hub tells of every other file.
     """
 
     path: str
     size: int
     sha256: str | None
+    git_sha1: str | None = None

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from redundancy_trace.checkpoints import Listing
 from redundancy_trace.errors import InputError, TraceError
-from redundancy_trace.fetching import Fetched, abandon, discard, fetch
+from redundancy_trace.fetching import Fetched, Room, abandon, discard, fetch, leave
 from redundancy_trace.hub import Hub
 from redundancy_trace.progress import Reporter
 from redundancy_trace.settings import TraceSettings
@@ -76,8 +76,8 @@ def score_all(
                     ahead = begin(tasks[number + 1])
                 continue
             finally:
-                if fetched is not None and not settings.keep:
-                    discard(fetched)
+                if fetched is not None:
+                    (leave if settings.keep else discard)(fetched)
             store.write_part(run.folder, task.labels, scores)
             scored += 1
             reporter.finished(f"{name} scored in {time.monotonic() - started:.1f} s")
@@ -95,7 +95,11 @@ def _awaited(future: "Future[Fetched]") -> Fetched:
 def _fetching(
     settings: TraceSettings, listing: Listing, folder: Path, hub: Hub, reporter: Reporter
 ) -> Iterator[Callable[[Task], Future[Fetched]]]:
-    """A thread that fetches one checkpoint at a time; when the sweep ends early, its files are deleted at once."""
+    """A thread that fetches one checkpoint at a time.
+
+    When the sweep is interrupted, what has arrived stays for the next one; when it fails, it is deleted at once.
+    """
+    room = Room()
     started: list[tuple[Task, Future[Fetched], Event]] = []
 
     def place(task: Task) -> Path:
@@ -104,7 +108,7 @@ def _fetching(
 
     def work(task: Task, stopped: Event) -> Fetched:
         reporter.fetching(task.checkpoint.name, task.checkpoint.bytes if task.checkpoint.path is None else None)
-        return fetch(listing.model, task.checkpoint, hub, place(task), reporter.moved, stopped)
+        return fetch(listing.model, task.checkpoint, hub, place(task), reporter.moved, stopped, room)
 
     def begin(task: Task) -> "Future[Fetched]":
         stopped = Event()
@@ -115,14 +119,17 @@ def _fetching(
     pool = ThreadPoolExecutor(1, "fetching")
     try:
         yield begin
-    except BaseException:
+    except BaseException as error:
         for _, _, stopped in started:
             stopped.set()
         pool.shutdown(wait=False, cancel_futures=True)
         # A download ends at its next chunk; one that waits for a busy server is not waited for.
         wait([future for _, future, _ in started], timeout=_PATIENCE_SECONDS)
+        stays = settings.keep or not isinstance(error, Exception)
         for task, future, _ in started:
-            if not settings.keep or not future.done():
+            if future.done() and not future.cancelled() and future.exception() is None:
+                (leave if stays else discard)(future.result())
+            elif not stays:
                 abandon(place(task))
         raise
     else:

@@ -1,0 +1,122 @@
+"""Files of a commit → this disk: in parts and in parallel, taken up again where they stopped, checked at the end."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from redundancy_trace.hub.failures import may_pass, retried
+from redundancy_trace.hub.partial import PartialFile
+from redundancy_trace.hub.progress import Meter
+from redundancy_trace.hub.ranges import RangesIgnored, RemoteFile, WrongContent
+from redundancy_trace.hub.records import RepoFile
+
+PARALLEL_PARTS = 8
+
+
+@dataclass(frozen=True)
+class _Transfer:
+    """One file on its way."""
+
+    remote: RemoteFile
+    partial: PartialFile
+    meter: Meter = field(repr=False)
+
+    def fetch_part(self, part: int) -> None:
+        """Fetch what is missing of a part; as long as something arrives, it is gone on with."""
+        try:
+            self._persist(lambda: self.partial.position(part), lambda: self._ranged(part), self.partial.stop(part))
+        except RangesIgnored:
+            with self.partial.whole:  # one thread reads the file in one go; the others then have nothing left to do
+                self._persist(self._missing_from, self._in_one_go, self.partial.file.size)
+
+    def _persist(self, position: Callable[[], int], attempt: Callable[[], None], stop: int) -> None:
+        while (before := position()) < stop:
+            try:
+                retried(attempt, patient=True, stopped=self.meter.stopped)
+            except Exception as error:
+                if position() == before or not may_pass(error) or self.meter.stopped.is_set():
+                    raise
+
+    def _ranged(self, part: int) -> None:
+        start, stop = self.partial.position(part), self.partial.stop(part)
+        with closing(self.remote.chunks(start, stop, stopped=self.meter.stopped)) as chunks:
+            for chunk in chunks:
+                self.meter.add(len(chunk))
+                self.partial.write(part, chunk)
+
+    def _in_one_go(self) -> None:
+        position, size = 0, self.partial.file.size
+        with closing(self.remote.chunks(0, size, ranged=False, stopped=self.meter.stopped)) as chunks:
+            for chunk in chunks:
+                self.meter.add(0)
+                self.meter.add(self.partial.write_at(position, chunk))
+                position += len(chunk)
+
+    def _missing_from(self) -> int:
+        """The first byte of the file that is not there."""
+        partial = self.partial
+        return next(
+            (partial.position(part) for part in partial.parts if partial.position(part) < partial.stop(part)),
+            partial.file.size,
+        )
+
+
+def download_files(
+    files: Sequence[tuple[RepoFile, RemoteFile, Path]],
+    meter: Meter,
+) -> None:
+    """Fetch files, up to eight parts at a time; a file that is there under its name stays.
+
+    Args:
+        files: What each is, where it comes from, where it goes.
+        meter: Told the bytes; once it is stopped, the download ends at its next chunk.
+
+    Raises:
+        WrongContent: A file has another hash than the repository tells, after a second try.
+        Exception: What a part failed with; what has arrived stays for the next time.
+    """
+    missing = [(file, remote, target) for file, remote, target in files if not target.is_file()]
+    for again in (False, True):
+        with ExitStack() as opened:
+            transfers = []
+            for file, remote, target in missing:
+                partial = PartialFile(target, file)
+                opened.callback(partial.close)
+                transfers.append(_Transfer(remote, partial, meter))
+            _fetch_parts(transfers, meter)
+            missing = []
+            with ThreadPoolExecutor(PARALLEL_PARTS, "verify") as pool:
+                rights = list(pool.map(lambda transfer: transfer.partial.is_right(), transfers))
+            for transfer, right in zip(transfers, rights, strict=True):
+                if right:
+                    transfer.partial.finish()
+                else:
+                    meter.add(-transfer.partial.present())
+                    transfer.partial.restart()
+                    missing.append((transfer.partial.file, transfer.remote, transfer.partial.target))
+        if not missing:
+            return
+        if again:
+            raise WrongContent(", ".join(file.path for file, _, _ in missing))
+
+
+def _fetch_parts(transfers: Sequence[_Transfer], meter: Meter) -> None:
+    """All parts of all files, in order; the first failure ends the others at their next chunk."""
+    pool = ThreadPoolExecutor(PARALLEL_PARTS, "download")
+    try:
+        futures = [
+            pool.submit(transfer.fetch_part, part)
+            for transfer in transfers
+            for part in transfer.partial.parts
+            if transfer.partial.position(part) < transfer.partial.stop(part)
+        ]
+        done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+        for future in done:
+            future.result()
+    except BaseException:
+        meter.stop()
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    pool.shutdown()
