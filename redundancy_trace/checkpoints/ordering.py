@@ -20,7 +20,7 @@ def in_training_order(checkpoints: Sequence[Checkpoint]) -> tuple[Checkpoint, ..
     """
     staged = {c.seed for c in checkpoints if c.is_parsed and c.stage is not None}
     placed = [
-        replace(c, stage=1) if c.is_parsed and c.stage is None and c.seed in staged and not _part(c) else c
+        replace(c, stage=1) if c.is_parsed and c.stage is None and c.seed in staged and not part_key(c.name) else c
         for c in checkpoints
     ]
     parsed = sorted((c for c in placed if c.is_parsed), key=_training_key)
@@ -41,7 +41,18 @@ def place_of(checkpoint: Checkpoint) -> int:
 
 def stage_of(checkpoint: Checkpoint) -> tuple[object, ...]:
     """The stage of the training, or its named part, in a form that sorts: named parts follow the numbered stages."""
-    return _natural(_part(checkpoint)), checkpoint.stage or 0
+    return part_key(checkpoint.name), checkpoint.stage or 0
+
+
+def part_key(name: str) -> tuple[tuple[bool, int, str], ...]:
+    """The named part of the training that a checkpoint's name tells, in a form that sorts; none before any.
+
+    Example:
+        >>> part_key("step1000") < part_key("lc-4k-to-32k-step-4000") < part_key("lc-32k-to-64k-step-4000")
+        True
+    """
+    parsed = parse_name(name.rpartition("/")[2])
+    return _natural(parsed.tag if parsed else None)
 
 
 def training_positions(checkpoints: Sequence[Checkpoint]) -> list[int]:
@@ -86,11 +97,6 @@ def _training_key(checkpoint: Checkpoint) -> tuple[object, ...]:
         place_of(checkpoint),
         checkpoint.name,
     )
-
-
-def _part(checkpoint: Checkpoint) -> str:
-    parsed = parse_name(checkpoint.name.rpartition("/")[2])
-    return (parsed.tag or "") if parsed else ""
 
 
 def _natural(text: str | None) -> tuple[tuple[bool, int, str], ...]:
