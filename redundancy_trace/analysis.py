@@ -9,6 +9,7 @@ from typing import Literal
 
 import polars as pl
 
+from redundancy_trace.checkpoints.ordering import part_key
 from redundancy_trace.errors import InputError, nearest
 from redundancy_trace.metrics import COMPONENTS, IMPORTANCE, LOSS
 
@@ -78,8 +79,8 @@ def one_calibration(scores: pl.DataFrame, calibration: str | None = None) -> pl.
 def checkpoint_order(scores: pl.DataFrame) -> pl.DataFrame:
     """The checkpoints of a frame in training order.
 
-    Seeds are kept apart, then stage (unnumbered = the first), ingredient, step and tokens decide. Checkpoints
-    without step and tokens come last, in the order of the frame.
+    Seeds are kept apart, then stage (unnumbered = the first, named parts behind the numbered), ingredient, step and
+    tokens decide. Checkpoints without step and tokens come last, in the order of the frame.
 
     Returns:
         One row a checkpoint: `order` (0, 1, …), `revision`, `commit`, `stage`, `ingredient`, `seed`, `step`,
@@ -227,9 +228,13 @@ def _order(rows: pl.DataFrame) -> pl.DataFrame:
     checkpoints = rows.select(CHECKPOINT_COLUMNS).unique(
         subset=["revision", "commit"], keep="first", maintain_order=True
     )
+    parts = [part_key(name or "") for name in checkpoints["revision"]]
+    ranks = {part: rank for rank, part in enumerate(sorted(set(parts)))}
     return checkpoints.sort(
         "seed",
         pl.col("step").is_null() & pl.col("tokens").is_null(),
+        # A named part (longctx-step50) counts its steps anew, behind the numbered stages.
+        pl.Series([ranks[part] for part in parts], dtype=pl.Int64),
         # OLMo-2 publishes a few early checkpoints of stage 1 without the stage in their names.
         pl.col("stage").fill_null(1),
         "ingredient",

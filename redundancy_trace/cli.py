@@ -141,7 +141,9 @@ app.callback(
 
 @app.command("list")
 def list_command(
-    model: Annotated[str, typer.Option("--model", help="Hub repository (org/name) or local folder.")],
+    model: Annotated[
+        str, typer.Option("--model", help="Hub repository (org/name), run of one repository a checkpoint, or folder.")
+    ],
     revisions: Annotated[str, typer.Option("--revisions", help="Which are chosen.")] = "log:20",
     endpoint: Annotated[str | None, typer.Option("--endpoint", help="Hub endpoint [default: HF_ENDPOINT].")] = None,
     tokens_per_step: Annotated[
@@ -159,6 +161,8 @@ def list_command(
         typer.echo(json.dumps(listing.to_json_rows(), indent=1))
     else:
         _print_listing(listing)
+    for note in listing.notes:
+        _say(note)
     return 0
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from threading import Event
 from typing import Literal
 
-from redundancy_trace.checkpoints import Checkpoint, needed_files, weight_files
+from redundancy_trace.checkpoints import Checkpoint, needed_files, raw_state, weight_files
 from redundancy_trace.errors import CheckpointError, InputError
 from redundancy_trace.hub import Hub, RemoteFolder, RepoFile, Stopped, may_pass
 
@@ -235,6 +235,8 @@ def _check_complete(files: Sequence[RepoFile], what: str) -> None:
     paths = [file.path for file in files]
     weights = weight_files(files)
     if not weights.files:
+        if raw := raw_state(paths):
+            raise CheckpointError(f"{what} has no weights that can be read: {raw}")
         shown = ", ".join(sorted(paths)[:5]) or "nothing"
         raise CheckpointError(
             f"{what} has no weights that can be read (model.safetensors, pytorch_model.bin, or their shards); "

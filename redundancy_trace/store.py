@@ -106,13 +106,14 @@ class Run:
     metric_versions: Mapping[str, int] = field(default_factory=metric_versions)
 
 
-def row_identity(commit: str, token_hash: str, settings: Mapping[str, Any]) -> str:
+def row_identity(commit: str, token_hash: str, settings: Mapping[str, Any], subfolder: str | None = None) -> str:
     """SHA-256 over all that changes a stored number: commit, calibration tokens, metric versions, settings.
 
     Args:
         commit: 40 hex digits.
         token_hash: SHA-256 of the calibration's ids.
         settings: The settings that change a number, resolved (`auto` replaced by what it stands for).
+        subfolder: The checkpoint's folder, where one commit holds several.
 
     Returns:
         64 hex digits.
@@ -123,6 +124,8 @@ def row_identity(commit: str, token_hash: str, settings: Mapping[str, Any]) -> s
         "metrics": metric_versions(),
         "settings": dict(settings),
     }
+    if subfolder:
+        facts["subfolder"] = subfolder
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 

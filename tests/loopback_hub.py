@@ -114,6 +114,7 @@ class LoopbackHub:
         self.page_size = page_size
         self.cdn = cdn
         self.repos: dict[tuple[str, str], Repo] = {}
+        self.renamed: dict[str, str] = {}
         self.requests: list[Request] = []
         self.faults: list[Fault] = []
         self.lock = threading.Lock()
@@ -197,6 +198,15 @@ class LoopbackHub:
         sha = self.repos[kind, name].commit_of(revision)
         assert sha is not None, f"{name} has no revision {revision}"
         return sha
+
+    def rename(self, old: str, new: str) -> None:
+        """Answer what is asked of a model under its old name with a redirect to the new one."""
+        self.renamed[old] = new
+
+    def search(self, author: str, text: str, limit: int) -> list[dict[str, str]]:
+        """What `/api/models` answers: models of an author whose name contains a text, in any case."""
+        names = [name for kind, name in self.repos if kind == "model" and name.startswith(f"{author}/")]
+        return [{"_id": name, "id": name} for name in names if text.lower() in name.lower()][:limit]
 
     def _commit(self, repo: Repo, name: str, revision: str, content: Content) -> str:
         if isinstance(content, str):
@@ -357,6 +367,11 @@ def _handler(hub: LoopbackHub) -> type[BaseHTTPRequestHandler]:
                     status = self.fault.status or 200
                     code = {"X-Error-Code": self.fault.error_code} if self.fault.error_code else {}
                     self.answer(status, self.fault.body or b'{"error": "injected"}', self.fault.headers | code)
+                elif moved := self.moved(parts.path):
+                    self.answer(307, b"", {"Location": moved + (f"?{parts.query}" if parts.query else "")})
+                elif parts.path == "/api/models":
+                    asked = {key: values[0] for key, values in parse_qs(parts.query).items()}
+                    self.answer_json(hub.search(asked["author"], asked["search"], int(asked["limit"])))
                 elif parts.path.startswith("/cdn/"):
                     self.answer_cdn(path.removeprefix("/cdn/"))
                 elif match := _API.fullmatch(parts.path):
@@ -372,6 +387,13 @@ def _handler(hub: LoopbackHub) -> type[BaseHTTPRequestHandler]:
                 self.answer(refusal.status, json.dumps({"error": str(refusal)}).encode(), refusal.headers)
             except (BrokenPipeError, ConnectionResetError):
                 self.close_connection = True
+
+        def moved(self, path: str) -> str | None:
+            for old, new in hub.renamed.items():
+                for prefix in ("/api/models/", "/"):
+                    if path.startswith(f"{prefix}{old}/"):
+                        return f"{prefix}{new}/{path.removeprefix(f'{prefix}{old}/')}"
+            return None
 
         def repo(self, kind: str, name: str) -> Repo:
             repo = hub.repos.get((kind, name))

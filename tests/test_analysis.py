@@ -109,6 +109,13 @@ def test_order_goes_by_stage_then_step_and_what_has_no_step_comes_last():
     assert order["order"].to_list() == [0, 1, 2, 3]
 
 
+def test_named_parts_follow_the_stages_whatever_their_steps():
+    names = ["step50000-tokens210B", "step2627139-tokens15T", "longctx-step50", "longctx-step100"]
+    steps = [50000, 2627139, 50, 100]
+    order = checkpoint_order(fake_scores(steps[::-1], names=names[::-1]))
+    assert order["revision"].to_list() == names
+
+
 def test_names_keep_the_order_of_the_frame():
     names = ["kestrel", "ocelot", "jellyfish"]
     assert checkpoint_order(fake_scores([None] * 3, names=names))["revision"].to_list() == names

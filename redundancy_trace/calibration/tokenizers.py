@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,14 +27,17 @@ class TokenizerSource:
     Attributes:
         place: A local folder, or a Hub repository.
         revision: Branch, tag or commit of the repository.
+        subfolder: Folder in the repository; None = its root.
     """
 
     place: Path | str
     revision: str = "main"
+    subfolder: str | None = None
 
     def __str__(self) -> str:
         pinned = isinstance(self.place, str) and self.revision != "main"
-        return f"{self.place} at {self.revision[:12]}" if pinned else str(self.place)
+        where = f"{self.subfolder} of {self.place}" if self.subfolder else str(self.place)
+        return f"{where} at {self.revision[:12]}" if pinned else where
 
 
 class _NoTokenizer(InputError):
@@ -155,11 +158,14 @@ def _fetched(source: TokenizerSource, hub: Hub, *, code: bool) -> Path:
     """The folder in the user's Hub cache that holds the tokenizer files of a repository."""
     repo = str(source.place)
     commit = hub.resolve(repo, source.revision)
-    files = hub.files(repo, commit)
+    inside = f"{source.subfolder}/" if source.subfolder else ""
+    files = [
+        replace(file, path=file.path[len(inside) :]) for file in hub.files(repo, commit) if file.path.startswith(inside)
+    ]
     wanted = [file.path for file in (*tokenizer_files(files), *_beside(files, code=code))]
     if not any(path in _VOCABULARIES for path in wanted):
         raise _NoTokenizer(source, _NONE_OF)
-    paths = [hub.cached_file(repo, path, commit) for path in wanted]
+    paths = [hub.cached_file(repo, inside + path, commit) for path in wanted]
     hub.keep_ref(repo, source.revision, commit)
     return paths[wanted.index(next(path for path in wanted if path in _VOCABULARIES))].parent
 

@@ -5,7 +5,13 @@ training order; `selection` is the grammar of `--revisions`; `formats` tells wei
 folders; `listing` puts it all together.
 """
 
-from redundancy_trace.checkpoints.formats import TOKENIZER_FILES, needed_files, tokenizer_files, weight_files
+from redundancy_trace.checkpoints.formats import (
+    TOKENIZER_FILES,
+    needed_files,
+    raw_state,
+    tokenizer_files,
+    weight_files,
+)
 from redundancy_trace.checkpoints.listing import (
     list_checkpoints,
     listing_from_json,
@@ -32,6 +38,7 @@ __all__ = [
     "local_commit",
     "needed_files",
     "parse_name",
+    "raw_state",
     "remembered_from_json",
     "tokenizer_files",
     "weight_files",

@@ -23,6 +23,12 @@ TOKENIZER_FILES = (
 _CONFIG_FILES = ("config.json", "generation_config.json")
 # Best first: safetensors cannot run code, and its tensors can be read one by one.
 _FORMATS = {"safetensors": ("model", "safetensors"), "bin": ("pytorch_model", "bin")}
+# State of a training program, with the optimizer in it: no weights that transformers could load.
+_RAW_STATES = {
+    "Megatron-LM": re.compile(r"(?:.*/)?mp_rank_\d+(?:_\d+)*/(?:model_optim_rng|model_rng|distrib_optim)\.pt"),
+    "DeepSpeed": re.compile(r"(?:.*/)?(?:mp_rank_\d+_model_states|(?:bf16_)?zero_pp_rank_\w+)\.pt"),
+    "the project's own": re.compile(r"(?:.*/)?checkpoints/.*_\d+\.pth"),  # NeelNanda
+}
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,19 @@ def needed_files(files: Sequence[RepoFile]) -> tuple[RepoFile, ...]:
 def tokenizer_files(files: Iterable[RepoFile]) -> tuple[RepoFile, ...]:
     """The files of a tokenizer among a checkpoint's files."""
     return tuple(file for file in files if any(fnmatch.fnmatchcase(file.path, pattern) for pattern in TOKENIZER_FILES))
+
+
+def raw_state(paths: Iterable[str]) -> str | None:
+    """What to tell a user whose checkpoints are state of a training program; None if they are not."""
+    for path in sorted(paths):
+        for program, pattern in _RAW_STATES.items():
+            if pattern.fullmatch(path):
+                return (
+                    f"{path} is training state in {program} format, which transformers cannot load. Convert it with "
+                    "the project's own script and name the folder that this writes, or look for a repository that "
+                    "holds it converted."
+                )
+    return None
 
 
 def _weight_sets(files: Sequence[RepoFile], name: str) -> list[Weights]:

@@ -6,12 +6,13 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from redundancy_trace.checkpoints.formats import weight_files
+from redundancy_trace.checkpoints.formats import raw_state
 from redundancy_trace.checkpoints.local import FileKey, is_local, local_checkpoints
-from redundancy_trace.checkpoints.names import ParsedName, parse_name
-from redundancy_trace.checkpoints.ordering import in_training_order, training_positions
+from redundancy_trace.checkpoints.ordering import in_training_order
+from redundancy_trace.checkpoints.published import published_checkpoints, with_files, with_own_commits
 from redundancy_trace.checkpoints.records import Checkpoint, Listing
 from redundancy_trace.checkpoints.selection import full_commits, select, selector_items
+from redundancy_trace.checkpoints.tokens import with_tokens
 from redundancy_trace.errors import InputError
 from redundancy_trace.hub import Hub, RepoFile
 
@@ -31,7 +32,8 @@ def list_checkpoints(
     """List the checkpoints of a model; no weights are moved or read.
 
     Args:
-        model: Hub repository (`org/name`) or local folder.
+        model: Hub repository (`org/name`), known run of one repository a checkpoint (`TinyLlama/TinyLlama-1.1B`,
+            `google/multiberts`, or any one of its repositories), or local folder.
         revisions: Which are chosen: `all`, `every:10`, `log:20`, `linear:20`, `1000..50000`, `tokens:0..100B`,
             `stage:1`, names, globs, commits, `@file`, or several with commas.
         endpoint: Address of the Hub; None = `HF_ENDPOINT`, else huggingface.co.
@@ -49,15 +51,22 @@ def list_checkpoints(
     model = str(model).strip()
     if is_local(model):
         ordered = in_training_order(local_checkpoints(model, remembered or {}))
-        placed = _with_tokens(ordered, tokens_per_step)
+        placed = with_tokens(ordered, tokens_per_step)
         return Listing(model, "local", _with_choice(placed, revisions, model))
     hub = Hub(endpoint=endpoint, offline=offline)
-    found = _with_tokens(in_training_order(_refs(hub, model)), tokens_per_step)
+    published = published_checkpoints(hub, model)
+    found = with_tokens(in_training_order(published.checkpoints), tokens_per_step)
     for commit in full_commits(selector_items(revisions), found):
-        found += (Checkpoint(name=commit, kind="other", commit=hub.resolve(model, commit)),)
+        resolved = hub.resolve(published.repo or model, commit)
+        found += (Checkpoint(name=commit, kind="other", commit=resolved, repo=published.repo),)
     if not found and hub.is_offline:
         raise InputError(_nothing_named(model, hub.cached_commits(model)))
-    return Listing(model, "hub", _with_files(hub, model, _with_choice(found, revisions, model), known))
+    found, notes = with_own_commits(hub, _with_choice(found, revisions, model))
+    seen = [checkpoint for checkpoint in (*(known or ()), published.main) if checkpoint]
+    listed = _with_files(hub, model, found, seen)
+    if not hub.is_offline:  # there the files of a commit are those that were once asked for
+        _refuse_empty(model, listed)
+    return Listing(model, "hub", listed, (*published.notes, *notes))
 
 
 def listing_to_json(listing: Listing, remembered: Mapping[FileKey, str] | None = None) -> dict[str, Any]:
@@ -65,6 +74,7 @@ def listing_to_json(listing: Listing, remembered: Mapping[FileKey, str] | None =
     return {
         "model": listing.model,
         "source": listing.source,
+        "notes": list(listing.notes),
         "checkpoints": [_checkpoint_to_json(checkpoint) for checkpoint in listing],
         "hashes": [[*key, digest] for key, digest in sorted((remembered or {}).items())],
     }
@@ -77,7 +87,8 @@ def listing_from_json(data: Mapping[str, Any]) -> Listing:
         InputError: It is not one.
     """
     try:
-        return Listing(data["model"], data["source"], tuple(map(_checkpoint_from_json, data["checkpoints"])))
+        checkpoints = tuple(map(_checkpoint_from_json, data["checkpoints"]))
+        return Listing(data["model"], data["source"], checkpoints, tuple(data.get("notes", ())))
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"listing.json is not one of this program ({error!r}); delete it to list again.") from error
 
@@ -85,26 +96,6 @@ def listing_from_json(data: Mapping[str, Any]) -> Listing:
 def remembered_from_json(data: Mapping[str, Any]) -> dict[FileKey, str]:
     """The hashes of local files that `listing_to_json` wrote."""
     return {(path, size, mtime_ns): digest for path, size, mtime_ns, digest in data.get("hashes", ())}
-
-
-def _refs(hub: Hub, repo: str) -> list[Checkpoint]:
-    """One checkpoint a ref; of a branch and a tag of one name the branch, as the Hub resolves it."""
-    found: dict[str, Checkpoint] = {}
-    for ref in hub.refs(repo):
-        parsed = (parse_name(ref.name) if ref.kind != "other" else None) or ParsedName()
-        checkpoint = Checkpoint(
-            name=ref.name,
-            kind=ref.kind,
-            commit=ref.commit,
-            stage=parsed.stage,
-            ingredient=parsed.ingredient,
-            seed=parsed.seed,
-            step=parsed.step,
-            tokens=parsed.tokens,
-            index=parsed.index,
-        )
-        found.setdefault(ref.name, checkpoint)
-    return list(found.values())
 
 
 def _nothing_named(repo: str, commits: Sequence[str]) -> str:
@@ -118,40 +109,43 @@ def _nothing_named(repo: str, commits: Sequence[str]) -> str:
     )
 
 
-def _with_tokens(checkpoints: Sequence[Checkpoint], tokens_per_step: int | None) -> tuple[Checkpoint, ...]:
-    """Tokens of those whose names tell only steps, if the user says how many a step has."""
-    if tokens_per_step is None:
-        return tuple(checkpoints)
-    parsed = [checkpoint for checkpoint in checkpoints if checkpoint.is_parsed]
-    positions = dict(zip((c.name for c in parsed), training_positions(parsed), strict=True))
-    return tuple(
-        replace(c, tokens=positions[c.name] * tokens_per_step) if c.step is not None and c.tokens is None else c
-        for c in checkpoints
-    )
-
-
 def _with_choice(checkpoints: Sequence[Checkpoint], revisions: str, model: str) -> tuple[Checkpoint, ...]:
     chosen = set(select(checkpoints, revisions, model))
     return tuple(replace(checkpoint, chosen=index in chosen) for index, checkpoint in enumerate(checkpoints))
 
 
 def _with_files(
-    hub: Hub, repo: str, checkpoints: Sequence[Checkpoint], known: Listing | None
+    hub: Hub, model: str, checkpoints: Sequence[Checkpoint], seen: Sequence[Checkpoint]
 ) -> tuple[Checkpoint, ...]:
-    """Files, bytes and format of the chosen ones: one request for each commit."""
-    trees = {c.commit: c.files for c in known or () if c.commit and c.files}
-    commits = sorted({c.commit for c in checkpoints if c.chosen and c.commit and c.commit not in trees})
+    """Files, bytes and format of the chosen ones: one request for each commit whose files are not known."""
+    trees = {_place(c): c.files for c in (*seen, *checkpoints) if c.commit and c.files}
+    asked = {_place(c): c for c in checkpoints if c.chosen and c.commit and _place(c) not in trees}
     with ThreadPoolExecutor(PARALLEL_TREES, "listing") as pool:
-        trees |= dict(zip(commits, pool.map(lambda commit: hub.files(repo, commit), commits), strict=True))
+        found = pool.map(lambda c: hub.files(c.repo or model, str(c.commit)), asked.values())
+        trees |= dict(zip(asked, found, strict=True))
+    return tuple(with_files(c, trees[_place(c)]) if c.chosen and c.commit else c for c in checkpoints)
 
-    def with_files(checkpoint: Checkpoint) -> Checkpoint:
-        if not checkpoint.chosen or checkpoint.commit is None:
-            return checkpoint
-        files = trees[checkpoint.commit]
-        weights = weight_files(files)
-        return replace(checkpoint, files=files, bytes=weights.bytes, format=weights.format)
 
-    return tuple(map(with_files, checkpoints))
+def _refuse_empty(model: str, checkpoints: Sequence[Checkpoint]) -> None:
+    """Refuse a choice of nothing but refs without weights that are no training checkpoints, such as an empty `main`."""
+    chosen = [checkpoint for checkpoint in checkpoints if checkpoint.chosen]
+    if any(checkpoint.is_parsed or checkpoint.format for checkpoint in chosen):
+        return
+    name, files = chosen[0].name, chosen[0].files or ()
+    held = ", ".join(sorted({file.path.partition("/")[0] for file in files})[:5]) or "nothing"
+    training = [checkpoint.name for checkpoint in checkpoints if checkpoint.is_parsed]
+    if training:
+        reach = f"{training[0]} to {training[-1]}" if len(training) > 1 else training[0]
+        hint = f"Checkpoints ({len(training)}): {reach}. Name one, or give --revisions log:20."
+    else:
+        refs = ", ".join(checkpoint.name for checkpoint in checkpoints[:10])
+        hint = raw_state(file.path for file in files) or f"Its refs are {refs}."
+    raise InputError(f"{name} of {model} has no weights that can be read; it holds {held}. {hint}")
+
+
+def _place(checkpoint: Checkpoint) -> tuple[str | None, ...]:
+    """Where its files are: two checkpoints at one place have the same."""
+    return checkpoint.repo, checkpoint.commit, checkpoint.subfolder
 
 
 def _checkpoint_to_json(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
-from redundancy_trace.checkpoints.formats import weight_files
+from redundancy_trace.checkpoints.formats import raw_state, weight_files
 from redundancy_trace.checkpoints.names import ParsedName, parse_name
 from redundancy_trace.checkpoints.records import Checkpoint
 from redundancy_trace.errors import CheckpointError, InputError, nearest
@@ -48,6 +48,8 @@ def local_checkpoints(model: str, remembered: Mapping[FileKey, str]) -> tuple[Ch
         found = _found(folder, remembered)
     except OSError as error:
         raise InputError(f"{model} cannot be read: {error.strerror} ({error.filename}).") from error
+    if not any(checkpoint.format for checkpoint in found) and (raw := raw_state(_paths(folder))):
+        raise InputError(f"{model} holds no checkpoint that can be read: {raw}")
     if not found:
         unfinished = any(_UNFINISHED.fullmatch(path.name) for path in folder.iterdir() if path.is_dir())
         hidden = " Folders of unfinished saves, such as tmp-checkpoint-1000, are left out." if unfinished else ""
@@ -161,6 +163,11 @@ def _identifying(files: tuple[RepoFile, ...]) -> list[RepoFile]:
 def _key(path: Path) -> FileKey:
     status = path.stat()
     return os.path.realpath(path), status.st_size, status.st_mtime_ns
+
+
+def _paths(folder: Path) -> list[str]:
+    """What is in a folder, three levels deep: as deep as training programs write."""
+    return [path.relative_to(folder).as_posix() for depth in ("*", "*/*", "*/*/*") for path in folder.glob(depth)]
 
 
 def _what_is_there(folder: Path | None) -> str:

@@ -50,8 +50,9 @@ REF_PATTERNS: tuple[str, ...] = (
     r"ckpt_(?P<index>\d+)",  # Amber, K2: chunks of data, not steps
     r"checkpoint-(?P<step>\d+)(?:step)?",  # transformers' Trainer, the Stanford GPT-2 runs
     r"step_(?P<step>\d+)",  # post-training runs
-    # Apertus, Lucie, SmolLM3
+    # Apertus, Lucie
     r"(?P<tag>longctx|extension|lc)[-_]step-?_?(?P<step>\d+)" rf"(?:-tokens{_TOKENS}(?P<unit>[KMBT]))?",
+    r"(?P<tag>lc-\d+k-to-\d+k)-step-(?P<step>\d+)",  # SmolLM3: longer and longer context
     r"train_(?P<tokens>\d+)(?P<unit>[BT])",  # Baichuan-2
     rf"{_TOKENS}(?P<unit>[bt])_tokens",  # RedPajama-INCITE
     r"chck_(?P<index>\d+)M",  # BabyLM: words

@@ -20,7 +20,7 @@ def in_training_order(checkpoints: Sequence[Checkpoint]) -> tuple[Checkpoint, ..
     """
     staged = {c.seed for c in checkpoints if c.is_parsed and c.stage is not None}
     placed = [
-        replace(c, stage=1) if c.is_parsed and c.stage is None and c.seed in staged and not _part(c) else c
+        replace(c, stage=1) if c.is_parsed and c.stage is None and c.seed in staged and not part_key(c.name) else c
         for c in checkpoints
     ]
     parsed = sorted((c for c in placed if c.is_parsed), key=_training_key)
@@ -37,6 +37,22 @@ def place_of(checkpoint: Checkpoint) -> int:
     """The number that the name counts, in its `unit_of`."""
     unit = unit_of(checkpoint)
     return 0 if unit is None else int(getattr(checkpoint, unit))
+
+
+def stage_of(checkpoint: Checkpoint) -> tuple[object, ...]:
+    """The stage of the training, or its named part, in a form that sorts: named parts follow the numbered stages."""
+    return part_key(checkpoint.name), checkpoint.stage or 0
+
+
+def part_key(name: str) -> tuple[tuple[bool, int, str], ...]:
+    """The named part of the training that a checkpoint's name tells, in a form that sorts; none before any.
+
+    Example:
+        >>> part_key("step1000") < part_key("lc-4k-to-32k-step-4000") < part_key("lc-32k-to-64k-step-4000")
+        True
+    """
+    parsed = parse_name(name.rpartition("/")[2])
+    return _natural(parsed.tag if parsed else None)
 
 
 def training_positions(checkpoints: Sequence[Checkpoint]) -> list[int]:
@@ -59,11 +75,13 @@ def training_positions(checkpoints: Sequence[Checkpoint]) -> list[int]:
         before = checkpoints[number - 1] if number else None
         if before is None or before.seed != checkpoint.seed:
             offset = reached = 0
-        elif _stage(before) != _stage(checkpoint):
+        elif stage_of(before) != stage_of(checkpoint):
             reached = max(
                 position for position, c in zip(positions, checkpoints, strict=False) if c.seed == before.seed
             )
-            first = min(place_of(c) for c in checkpoints if _stage(c) == _stage(checkpoint) and c.seed == before.seed)
+            first = min(
+                place_of(c) for c in checkpoints if stage_of(c) == stage_of(checkpoint) and c.seed == before.seed
+            )
             offset = reached if first < reached else 0
         positions.append(offset + place_of(checkpoint))
     return positions
@@ -90,22 +108,12 @@ def _training_key(checkpoint: Checkpoint) -> tuple[object, ...]:
     unit = unit_of(checkpoint)
     return (
         _natural(checkpoint.seed),
-        *_stage(checkpoint),
+        *stage_of(checkpoint),
         checkpoint.ingredient or 0,
         _UNITS.index(unit) if unit else len(_UNITS),
         place_of(checkpoint),
         checkpoint.name,
     )
-
-
-def _stage(checkpoint: Checkpoint) -> tuple[str, int]:
-    # "" sorts before every name, so named parts follow the numbered stages.
-    return _part(checkpoint), checkpoint.stage or 0
-
-
-def _part(checkpoint: Checkpoint) -> str:
-    parsed = parse_name(checkpoint.name)
-    return (parsed.tag or "") if parsed else ""
 
 
 def _natural(text: str | None) -> tuple[tuple[bool, int, str], ...]:

@@ -28,7 +28,8 @@ class Checkpoint:
         tokens: Tokens seen: as the name says, else steps times the tokens per step that the user gave.
         index: A running number that is neither steps nor tokens.
         path: The folder of a local checkpoint.
-        repo: Its own repository, where every checkpoint has one; None: that of the listing.
+        repo: Its own repository, where every checkpoint has one, or the present name of a renamed one; None: that
+            of the listing.
         subfolder: Its folder in the repository, with `/`; None: the root.
         files: Every file of the commit, relative to its folder; None where it was not asked for.
         bytes: Size of the weight files of the one format that is used.
@@ -89,11 +90,13 @@ class Listing:
         model: As the user named it.
         source: Where it is.
         checkpoints: All that were seen, chosen or not.
+        notes: What is to be known of them, or went wrong while they were listed; one line each.
     """
 
     model: str
     source: Literal["hub", "local"]
     checkpoints: tuple[Checkpoint, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def chosen(self) -> tuple[Checkpoint, ...]:

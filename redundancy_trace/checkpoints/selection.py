@@ -8,6 +8,7 @@ import fnmatch
 import itertools
 import math
 import re
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -140,16 +141,37 @@ def _select_one(checkpoints: Sequence[Checkpoint], item: str, model: str) -> lis
 
 
 def _every(checkpoints: Sequence[Checkpoint], count: int) -> list[int]:
-    last = len(checkpoints) - 1
-    return sorted({*range(0, len(checkpoints), count), last})
+    return sorted(index for series in _seeds(checkpoints) for index in {*series[::count], series[-1]})
 
 
 def _log(checkpoints: Sequence[Checkpoint], count: int) -> list[int]:
-    return spread([math.log1p(position) for position in training_positions(checkpoints)], count)
+    return _spread_over_seeds(
+        checkpoints, [math.log1p(position) for position in training_positions(checkpoints)], count
+    )
 
 
 def _linear(checkpoints: Sequence[Checkpoint], count: int) -> list[int]:
-    return spread(training_positions(checkpoints), count)
+    return _spread_over_seeds(checkpoints, training_positions(checkpoints), count)
+
+
+def _spread_over_seeds(checkpoints: Sequence[Checkpoint], positions: Sequence[float], count: int) -> list[int]:
+    """`count` of them, every seed's share of it evenly spread; of so few that a seed would get one, over all."""
+    seeds = sorted(_seeds(checkpoints), key=len)
+    if count < 2 * len(seeds):
+        return spread(positions, count)
+    found: list[int] = []
+    for number, series in enumerate(seeds):  # the shortest first: what one cannot fill, the others get
+        share = (count - len(found)) // (len(seeds) - number)
+        found += [series[index] for index in spread([positions[index] for index in series], share)]
+    return sorted(found)
+
+
+def _seeds(checkpoints: Sequence[Checkpoint]) -> list[list[int]]:
+    """Positions of the checkpoints of each seed."""
+    found: dict[str | None, list[int]] = defaultdict(list)
+    for index, checkpoint in enumerate(checkpoints):
+        found[checkpoint.seed].append(index)
+    return list(found.values())
 
 
 _COUNTED: dict[str, Callable[[Sequence[Checkpoint], int], list[int]]] = {

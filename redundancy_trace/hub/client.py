@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, urlencode, urlsplit
 
 from redundancy_trace.errors import CheckpointError, InputError, TraceError, first_line, nearest
 from redundancy_trace.hub.cache import (
@@ -227,6 +227,19 @@ class Hub:
         """
         if not self.is_offline:
             record_ref(_checked(repo), revision, commit, kind)
+
+    def search(self, author: str, text: str, limit: int = 100) -> tuple[str, ...]:
+        """Names of an author's model repositories that contain a text; one request. Offline: none.
+
+        Raises:
+            InputError: No answer, or none that a Hub gives.
+        """
+        if self.is_offline:
+            return ()
+        query = urlencode({"author": author, "search": text, "limit": limit})
+        with self._told(InputError, f"{author}/{text}"):
+            body, _ = self._get_json(f"/api/models?{query}")
+            return tuple(str(item["id"]) for item in body)
 
     def _get_json(self, path: str) -> tuple[Any, str | None]:
         """Body of an API call and the address of its next page."""

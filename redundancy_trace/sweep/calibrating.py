@@ -27,8 +27,10 @@ def calibrate(settings: TraceSettings, listing: Listing, run: "Run", hub: Hub) -
         places: list[Path | str] = [folder, *(c.path for c in reversed(chosen) if c.path is not None)]
         candidates = [TokenizerSource(place) for place in places]
     else:
-        candidates = [TokenizerSource(listing.model, c.commit) for c in chosen[-1:] if c.commit]
-        candidates += [TokenizerSource(place) for place in dict.fromkeys((listing.model, _final_model(listing.model)))]
+        last = [checkpoint for checkpoint in chosen if checkpoint.commit][-1:]
+        repo = next((c.repo for c in last if c.repo), listing.model)
+        candidates = [TokenizerSource(repo, c.commit or "main", c.subfolder) for c in last]
+        candidates += [TokenizerSource(place) for place in dict.fromkeys((repo, listing.model, _final_model(repo)))]
     calibration = load_calibration(
         name,
         samples=settings.samples,

@@ -112,7 +112,8 @@ def _fetching(
     started: list[tuple[Task, Future[Fetched], Event]] = []
 
     def place(task: Task) -> Path:
-        return folder / ".fetched" / (task.labels.commit or "")
+        inside = (task.checkpoint.subfolder or "").replace("/", "--")
+        return folder / ".fetched" / "-".join(filter(None, (task.labels.commit, inside)))
 
     def work(task: Task, stopped: Event) -> Fetched:
         reporter.fetching(task.checkpoint.name, task.checkpoint.bytes if task.checkpoint.path is None else None)

@@ -101,6 +101,8 @@ def run_sweep(settings: TraceSettings, reporter: Reporter) -> SweepResult:
         remembered=remembered,
         known=known,
     )
+    for note in listing.notes:
+        reporter.line(note)
     if (run := found) is None:
         from redundancy_trace.engine import choose_device, choose_dtype
 
@@ -210,7 +212,7 @@ def _known_listing(file: Path, model: str) -> tuple[Listing | None, dict[Any, st
 
 def _with_commits(listing: Listing, remembered: dict[Any, str]) -> tuple[Listing, dict[str, str]]:
     """The listing with the commits of chosen local checkpoints, and why some have none; reads files not yet hashed."""
-    failures: dict[str, str] = {}
+    failures = {c.name: f"{c.repo} gave no commit" for c in listing.chosen if c.kind == "repo" and c.commit is None}
 
     def with_commit(checkpoint: Checkpoint) -> Checkpoint:
         if checkpoint.path is None or not checkpoint.chosen:

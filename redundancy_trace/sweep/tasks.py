@@ -25,7 +25,7 @@ def identity_of(checkpoint: Checkpoint, run: "Run", token_hash: str) -> str:
 
     assert checkpoint.commit is not None
     number_settings = {"dtype": run.dtype, "trust_remote_code": run.trust_remote_code}
-    return store.row_identity(checkpoint.commit, token_hash, number_settings)
+    return store.row_identity(checkpoint.commit, token_hash, number_settings, checkpoint.subfolder)
 
 
 def open_tasks(listing: Listing, run: "Run", calibration: "Calibration") -> tuple[list[Task], int]:
@@ -44,7 +44,7 @@ def open_tasks(listing: Listing, run: "Run", calibration: "Calibration") -> tupl
         identity = identity_of(checkpoint, run, calibration.sha256)
         part = store.part_name(commit, identity)
         if part in seen:
-            continue  # the same commit under another name: one set of rows
+            continue  # the same commit (and folder) under another name: one set of rows
         seen.add(part)
         if part in finished:
             kept += 1
