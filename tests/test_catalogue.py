@@ -371,6 +371,19 @@ def test_a_repository_that_is_gone_is_told_and_the_others_stay(loopback_hub: Loo
         list_checkpoints("TinyLlama/TinyLlama-1.1B", TINY[0], endpoint=loopback_hub.url)
 
 
+def test_offline_a_run_is_what_the_cache_has_of_it(loopback_hub: LoopbackHub) -> None:
+    from huggingface_hub import snapshot_download
+
+    own_repositories(loopback_hub, "TinyLlama", TINY)
+    snapshot_download(f"TinyLlama/{TINY[1]}", endpoint=loopback_hub.url)
+    loopback_hub.forget_requests()
+    listing = list_checkpoints("TinyLlama/TinyLlama-1.1B", "all", offline=True, endpoint=loopback_hub.url)
+    assert [(c.name, c.commit, c.format) for c in listing] == [
+        (TINY[1], loopback_hub.commit(f"TinyLlama/{TINY[1]}", "main"), "bin")
+    ]
+    assert loopback_hub.count() == 0
+
+
 def test_multiberts_are_five_series_of_repositories(loopback_hub: LoopbackHub) -> None:
     names = [name.replace("seed_0", f"seed_{seed}") for seed in range(5) for name in SEED_0]
     own_repositories(loopback_hub, "google", names)
@@ -380,6 +393,7 @@ def test_multiberts_are_five_series_of_repositories(loopback_hub: LoopbackHub) -
     steps = {seed: [c.step for c in listing.chosen if c.seed == seed] for seed in "01234"}
     assert list(steps.values()) == [[0, 20_000, 200_000, 2_000_000]] * 5, "each seed its share, at equal steps"
     assert loopback_hub.count() == 20 + 20, "nothing is asked of the others, and no search"
+    assert ["encoders" in note for note in listing.notes] == [True]
     one_seed = list_checkpoints("google/multiberts", "multiberts-seed_3-*", endpoint=loopback_hub.url)
     assert names_of(one_seed.chosen) == names[87:116]
     few = list_checkpoints("google/multiberts", "log:2", endpoint=loopback_hub.url)

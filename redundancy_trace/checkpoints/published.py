@@ -44,10 +44,10 @@ def published_checkpoints(hub: Hub, model: str) -> Published:
     run = known_run(model)
     if run and run.name == (moved_to(model) or model):
         found, notes = _of_run(hub, run)
-        return Published(found, notes=notes)
+        return Published(found, notes=_told(known_note(run.name), *notes))
     repo, refs = _refs(hub, model)
     found = _in_known_order(_of_refs(refs, repo), repo or model)
-    notes = tuple(filter(None, (f"{model} is {repo} now." if repo else None, known_note(repo or model))))
+    notes = _told(f"{model} is {repo} now." if repo else None, known_note(repo or model))
     main = next((c for c in found if c.name == "main" and c.kind == "branch" and c.commit), None)
     if sum(c.is_parsed for c in found) >= FEWEST_REFS:
         return Published(found, repo, notes=notes)
@@ -97,6 +97,10 @@ def with_files(checkpoint: Checkpoint, files: tuple[RepoFile, ...]) -> Checkpoin
     """The checkpoint with its files, and the size and format of the weights among them."""
     weights = weight_files(files)
     return replace(checkpoint, files=files, bytes=weights.bytes, format=weights.format)
+
+
+def _told(*notes: str | None) -> tuple[str, ...]:
+    return tuple(note for note in notes if note is not None)
 
 
 def _refuse_raw(model: str, found: Iterable[Checkpoint], files: Sequence[RepoFile]) -> None:

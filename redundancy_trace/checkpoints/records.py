@@ -18,7 +18,7 @@ class Checkpoint:
     """One saved state of one training run; what is unknown is None.
 
     Attributes:
-        name: The revision (branch or tag), or the folder.
+        name: The revision (branch or tag), the folder, or the last part of its own repository's name.
         kind: How it is published.
         commit: 40 hex digits. Of a local folder: a hash of its config and weights, None until it is computed.
         stage: Stage of the training, from 1.
