@@ -137,7 +137,7 @@ def test_what_is_counted_is_there(tmp_path: Path, small_parts: None) -> None:
                 break
             part = chance.choice(open_parts)
             start = part_file.position(part)
-            part_file.write(part, DATA[start : min(start + chance.randrange(1, 4000), part_file.stop(part))])
+            part_file.write(start, DATA[start : min(start + chance.randrange(1, 4000), part_file.stop(part))], part)
         if all(part_file.position(p) == part_file.stop(p) for p in part_file.parts):
             break
     assert part_file.is_right()
@@ -153,7 +153,7 @@ def test_what_is_left_of_another_file_is_not_gone_on_with(
         """Bytes that are taken up, before `more` is written."""
         with closing(PartialFile(tmp_path / FILE.path, file)) as opened:
             found = opened.present()
-            opened.write(0, more)
+            opened.write(0, more, 0)
             return found
 
     assert present(FILE, DATA[:500]) == 0

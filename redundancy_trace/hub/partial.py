@@ -63,26 +63,32 @@ class PartialFile:
         """Bytes that are there."""
         return sum(self.position(part) - part * self._size for part in self.parts)
 
-    def write(self, part: int, chunk: bytes) -> None:
-        """Append a chunk to a part."""
-        assert self._done is not None
-        with self._lock:
-            self._data.seek(self.position(part))
-            view = memoryview(chunk)
-            while view:
-                view = view[self._data.write(view) :]
-            self._done[part] += len(chunk)
-            self._ledger.seek(_KEY_BYTES + part * _COUNTER_BYTES)
-            self._ledger.write(self._done[part].to_bytes(_COUNTER_BYTES, "little"))
+    def write(self, position: int, chunk: bytes, part: int | None = None) -> int:
+        """Take of a chunk what is not there yet; two threads may bring the same bytes.
 
-    def write_at(self, position: int, chunk: bytes) -> int:
-        """Take of a chunk, of a file that is read in one go, what is not there yet; returns how many bytes."""
+        Args:
+            position: Where in the file the chunk starts.
+            chunk: The bytes.
+            part: The part it belongs to; None = it may reach over several.
+
+        Returns:
+            How many bytes were taken.
+        """
+        assert self._done is not None
         taken = 0
-        for part in self.parts:
-            first, last = self.position(part), min(self.stop(part), position + len(chunk))
-            if position <= first < last:
-                self.write(part, chunk[first - position : last - position])
+        with self._lock:
+            for number in self.parts if part is None else (part,):
+                first, last = self.position(number), min(self.stop(number), position + len(chunk))
+                if not position <= first < last:
+                    continue
+                self._data.seek(first)
+                view = memoryview(chunk)[first - position : last - position]
+                while view:
+                    view = view[self._data.write(view) :]
                 taken += last - first
+                self._done[number] += last - first
+                self._ledger.seek(_KEY_BYTES + number * _COUNTER_BYTES)
+                self._ledger.write(self._done[number].to_bytes(_COUNTER_BYTES, "little"))
         return taken
 
     def is_right(self) -> bool:

@@ -13,6 +13,7 @@ from redundancy_trace.hub.ranges import RangesIgnored, RemoteFile, WrongContent
 from redundancy_trace.hub.records import RepoFile
 
 PARALLEL_PARTS = 8
+_PATIENCE_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -40,18 +41,19 @@ class _Transfer:
                     raise
 
     def _ranged(self, part: int) -> None:
-        start, stop = self.partial.position(part), self.partial.stop(part)
-        with closing(self.remote.chunks(start, stop, stopped=self.meter.stopped)) as chunks:
+        position, stop = self.partial.position(part), self.partial.stop(part)
+        with closing(self.remote.chunks(position, stop, stopped=self.meter.stopped)) as chunks:
             for chunk in chunks:
                 self.meter.add(len(chunk))
-                self.partial.write(part, chunk)
+                self.partial.write(position, chunk, part)
+                position += len(chunk)
 
     def _in_one_go(self) -> None:
         position, size = 0, self.partial.file.size
         with closing(self.remote.chunks(0, size, ranged=False, stopped=self.meter.stopped)) as chunks:
             for chunk in chunks:
                 self.meter.add(0)
-                self.meter.add(self.partial.write_at(position, chunk))
+                self.meter.add(self.partial.write(position, chunk))
                 position += len(chunk)
 
     def _missing_from(self) -> int:
@@ -105,18 +107,20 @@ def download_files(
 def _fetch_parts(transfers: Sequence[_Transfer], meter: Meter) -> None:
     """All parts of all files, in order; the first failure ends the others at their next chunk."""
     pool = ThreadPoolExecutor(PARALLEL_PARTS, "download")
+    futures = [
+        pool.submit(transfer.fetch_part, part)
+        for transfer in transfers
+        for part in transfer.partial.parts
+        if transfer.partial.position(part) < transfer.partial.stop(part)
+    ]
     try:
-        futures = [
-            pool.submit(transfer.fetch_part, part)
-            for transfer in transfers
-            for part in transfer.partial.parts
-            if transfer.partial.position(part) < transfer.partial.stop(part)
-        ]
         done, _ = wait(futures, return_when=FIRST_EXCEPTION)
         for future in done:
             future.result()
     except BaseException:
         meter.stop()
         pool.shutdown(wait=False, cancel_futures=True)
+        # Those that are at work end at their next chunk; one whose server is silent is not waited for.
+        wait(futures, timeout=_PATIENCE_SECONDS)
         raise
     pool.shutdown()
