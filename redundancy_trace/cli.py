@@ -256,7 +256,7 @@ def _print_result(result: "SweepResult") -> None:
 
 
 def _print_listing(listing: "Listing") -> None:
-    columns = ["", "name", "commit", "stage", "step", "tokens", "bytes", "format", "kind"]
+    columns = ["", "name", "commit", "stage", "step", "tokens", "bytes", "format", "kind", "duplicate of"]
     cells = [
         [
             "*" if checkpoint.chosen else "",
@@ -268,6 +268,7 @@ def _print_listing(listing: "Listing") -> None:
             _number(checkpoint.bytes),
             checkpoint.format or "",
             checkpoint.kind,
+            checkpoint.duplicate_of or (f"partly {checkpoint.partial_duplicate_of}" if checkpoint.repeats else ""),
         ]
         for checkpoint in listing
     ]
@@ -280,7 +281,7 @@ def _print_listing(listing: "Listing") -> None:
 
 def _print_table(columns: list[str], cells: list[list[str]]) -> None:
     """Plain columns, words to the left and numbers to the right, never cut: the output may be piped."""
-    left = {"", "checkpoint", "name", "commit", "format", "kind"}
+    left = {"", "checkpoint", "name", "commit", "format", "kind", "duplicate of"}
     widths = [max(len(row[i]) for row in [columns, *cells]) for i in range(len(columns))]
     for row in [columns, *cells]:
         typer.echo(

@@ -1,8 +1,9 @@
 """The checkpoints of a training run: names to fields, order, selection, files.
 
 `names` reads stage, step, tokens … from a name; `records` holds what a checkpoint is; `ordering` puts them in
-training order; `selection` is the grammar of `--revisions`; `formats` tells weight files from others; `local` reads
-folders; `listing` puts it all together.
+training order; `selection` is the grammar of `--revisions`; `duplicates` finds equal weights under two names; `formats`
+tells weight files from others; `local` reads folders, `published` the ways of publishing on the Hub, with what `known`
+records of some runs; `tokens` fits tokens to steps; `listing` puts it all together.
 """
 
 from redundancy_trace.checkpoints.formats import (
@@ -17,8 +18,9 @@ from redundancy_trace.checkpoints.listing import (
     listing_from_json,
     listing_to_json,
     remembered_from_json,
+    reselected,
 )
-from redundancy_trace.checkpoints.local import FileKey, is_local, local_commit
+from redundancy_trace.checkpoints.local import FileKey, hashed, is_local, local_commit
 from redundancy_trace.checkpoints.names import ParsedName, parse_name
 from redundancy_trace.checkpoints.ordering import endpoints_first
 from redundancy_trace.checkpoints.records import Checkpoint, CheckpointKind, Listing
@@ -31,6 +33,7 @@ __all__ = [
     "Listing",
     "ParsedName",
     "endpoints_first",
+    "hashed",
     "is_local",
     "list_checkpoints",
     "listing_from_json",
@@ -40,6 +43,7 @@ __all__ = [
     "parse_name",
     "raw_state",
     "remembered_from_json",
+    "reselected",
     "tokenizer_files",
     "weight_files",
 ]

@@ -6,7 +6,8 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from redundancy_trace.checkpoints.formats import raw_state
+from redundancy_trace.checkpoints.duplicates import duplicates_note, mark_duplicates
+from redundancy_trace.checkpoints.formats import needed_files, raw_state
 from redundancy_trace.checkpoints.local import FileKey, is_local, local_checkpoints
 from redundancy_trace.checkpoints.ordering import in_training_order
 from redundancy_trace.checkpoints.published import published_checkpoints, with_files, with_own_commits
@@ -17,6 +18,9 @@ from redundancy_trace.errors import InputError
 from redundancy_trace.hub import Hub, RepoFile
 
 PARALLEL_TREES = 8
+# The Hub grants an anonymous user 500 calls of its interface in five minutes, and 3,000 questions for one file.
+MANY_TREES = 300
+MOST_HEADS = 2400
 
 
 def list_checkpoints(
@@ -52,7 +56,7 @@ def list_checkpoints(
     if is_local(model):
         ordered = in_training_order(local_checkpoints(model, remembered or {}))
         placed = with_tokens(ordered, tokens_per_step)
-        return Listing(model, "local", _with_choice(placed, revisions, model))
+        return reselected(Listing(model, "local", placed), revisions)
     hub = Hub(endpoint=endpoint, offline=offline)
     published = published_checkpoints(hub, model)
     found = with_tokens(in_training_order(published.checkpoints), tokens_per_step)
@@ -61,9 +65,8 @@ def list_checkpoints(
         found += (Checkpoint(name=commit, kind="other", commit=resolved, repo=published.repo),)
     if not found and hub.is_offline:
         raise InputError(_nothing_named(model, hub.cached_commits(model)))
-    found, notes = with_own_commits(hub, _with_choice(found, revisions, model))
     seen = [checkpoint for checkpoint in (*(known or ()), published.main) if checkpoint]
-    listed = _with_files(hub, model, found, seen)
+    listed, notes = _choose(hub, model, found, revisions, seen)
     if not hub.is_offline:  # there the files of a commit are those that were once asked for
         _refuse_empty(model, listed)
     return Listing(model, "hub", listed, (*published.notes, *notes))
@@ -109,20 +112,82 @@ def _nothing_named(repo: str, commits: Sequence[str]) -> str:
     )
 
 
+def reselected(listing: Listing, revisions: str) -> Listing:
+    """The listing with duplicates marked by the hashes that are now known, and anew chosen from the others."""
+    marked = mark_duplicates(listing.checkpoints)
+    chosen = _with_choice(marked, revisions, listing.model)
+    note = duplicates_note(chosen)
+    return replace(listing, checkpoints=chosen, notes=tuple(dict.fromkeys(filter(None, (*listing.notes, note)))))
+
+
+def _choose(
+    hub: Hub, model: str, found: tuple[Checkpoint, ...], revisions: str, seen: Sequence[Checkpoint]
+) -> tuple[tuple[Checkpoint, ...], tuple[str, ...]]:
+    """Choose, look at the hashes, leave out what repeats another's weights, and fill up, until nothing changes."""
+    told: dict[str, None] = {}
+    while True:
+        chosen, notes = with_own_commits(hub, _with_choice(found, revisions, model))
+        told |= dict.fromkeys(notes)
+        listed = _with_files(hub, model, chosen, seen)
+        compared = _with_main(hub, model, listed, seen)
+        seen = [*seen, *(c for c in compared if c.name == "main" and c.files)]
+        marked = mark_duplicates(compared)
+        marked = tuple(
+            replace(c, duplicate_of=m.duplicate_of, partial_duplicate_of=m.partial_duplicate_of) if c.files else c
+            for c, m in zip(listed, marked, strict=True)
+        )
+        if [c.repeats for c in marked] == [c.repeats for c in found]:
+            return marked, tuple(filter(None, (*told, duplicates_note(marked))))
+        found = marked
+
+
+def _with_main(
+    hub: Hub, model: str, checkpoints: tuple[Checkpoint, ...], seen: Sequence[Checkpoint]
+) -> tuple[Checkpoint, ...]:
+    """With the files of `main` too, which wrong uploads were seen to repeat; one alone is compared with none."""
+    if sum(c.chosen for c in checkpoints) < 2:
+        return checkpoints
+    asked = [replace(c, chosen=c.name == "main" and c.kind in ("branch", "tag")) for c in checkpoints]
+    return _with_files(hub, model, asked, (*seen, *checkpoints))
+
+
 def _with_choice(checkpoints: Sequence[Checkpoint], revisions: str, model: str) -> tuple[Checkpoint, ...]:
-    chosen = set(select(checkpoints, revisions, model))
+    try:
+        chosen = set(select(checkpoints, revisions, model))
+    except InputError:
+        if (note := duplicates_note([replace(c, chosen=False) for c in checkpoints])) is None:
+            raise
+        raise InputError(f"--revisions {revisions} selects nothing else of {model}. {note}") from None
     return tuple(replace(checkpoint, chosen=index in chosen) for index, checkpoint in enumerate(checkpoints))
 
 
 def _with_files(
     hub: Hub, model: str, checkpoints: Sequence[Checkpoint], seen: Sequence[Checkpoint]
 ) -> tuple[Checkpoint, ...]:
-    """Files, bytes and format of the chosen ones: one request for each commit whose files are not known."""
+    """Files, bytes and format of the chosen ones: one request for each commit whose files are not known.
+
+    Of very many commits only the files that have to be fetched are asked for, as they are called in the first: those
+    requests count towards a larger limit of the Hub.
+    """
     trees = {_place(c): c.files for c in (*seen, *checkpoints) if c.commit and c.files}
     asked = {_place(c): c for c in checkpoints if c.chosen and c.commit and _place(c) not in trees}
+    like: tuple[RepoFile, ...] = ()
+    if len(asked) > MANY_TREES and len({c.repo for c in asked.values()}) == 1:
+        place, first = next(iter(asked.items()))
+        trees[place] = hub.files(first.repo or model, str(first.commit))
+        like = needed_files(trees[place] or ())
+        del asked[place]
+
+    def files_of(checkpoint: Checkpoint) -> tuple[RepoFile, ...]:
+        repo, commit = checkpoint.repo or model, str(checkpoint.commit)
+        if like and len(like) * len(asked) <= MOST_HEADS:
+            facts = [hub.file_facts(repo, commit, file.path) for file in like]
+            if all(facts):
+                return tuple(filter(None, facts))
+        return hub.files(repo, commit)
+
     with ThreadPoolExecutor(PARALLEL_TREES, "listing") as pool:
-        found = pool.map(lambda c: hub.files(c.repo or model, str(c.commit)), asked.values())
-        trees |= dict(zip(asked, found, strict=True))
+        trees |= dict(zip(asked, pool.map(files_of, asked.values()), strict=True))
     return tuple(with_files(c, trees[_place(c)]) if c.chosen and c.commit else c for c in checkpoints)
 
 

@@ -4,6 +4,7 @@ import hashlib
 import os
 import re
 from collections.abc import Mapping, MutableMapping
+from dataclasses import replace
 from pathlib import Path
 
 from redundancy_trace.checkpoints.formats import raw_state, weight_files
@@ -95,6 +96,17 @@ def local_commit(folder: Path, remembered: MutableMapping[FileKey, str]) -> str:
             raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
         digest.update(f"{file.path}\t{file.size}\t{remembered[key]}\n".encode())
     return digest.hexdigest()[:40]
+
+
+def hashed(checkpoint: Checkpoint, remembered: MutableMapping[FileKey, str]) -> Checkpoint:
+    """A local checkpoint with its commit and the hashes of its weights; reads the files not yet `remembered`.
+
+    Raises:
+        CheckpointError: A file cannot be read.
+    """
+    assert checkpoint.path is not None
+    commit = local_commit(checkpoint.path, remembered)
+    return replace(checkpoint, commit=commit, files=_files(checkpoint.path, remembered))
 
 
 _WHAT_IS_EXPECTED = (

@@ -87,6 +87,22 @@ def training_positions(checkpoints: Sequence[Checkpoint]) -> list[int]:
     return positions
 
 
+def is_first(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint is the beginning of its training, before the first step."""
+    return (
+        checkpoint.is_parsed
+        and place_of(checkpoint) == 0
+        and checkpoint.stage in (None, 0, 1)
+        and not part_key(checkpoint.name)
+    )
+
+
+def last_of_each_series(checkpoints: Sequence[Checkpoint]) -> frozenset[int]:
+    """Positions of the checkpoints that end a seed's stage or ingredient, of checkpoints in training order."""
+    last = {(c.seed, stage_of(c), c.ingredient): index for index, c in enumerate(checkpoints) if c.is_parsed}
+    return frozenset(last.values())
+
+
 def endpoints_first(count: int) -> list[int]:
     """An order in which any beginning is spread over the whole: the first, the last, then the middle of each gap.
 

@@ -59,6 +59,11 @@ class Checkpoint:
     chosen: bool = False
 
     @property
+    def repeats(self) -> bool:
+        """Whether its weights are, whole or in part, those of another checkpoint."""
+        return self.duplicate_of is not None or self.partial_duplicate_of is not None
+
+    @property
     def is_parsed(self) -> bool:
         """Whether its name places it in the training."""
         return self.step is not None or self.index is not None or self.tokens is not None

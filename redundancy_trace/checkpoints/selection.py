@@ -59,7 +59,8 @@ def select(checkpoints: Sequence[Checkpoint], revisions: str, model: str) -> tup
     """Which checkpoints a selector means.
 
     Args:
-        checkpoints: All that are listed, in training order.
+        checkpoints: All that are listed, in training order. Those that are marked as repeating another's weights are
+            chosen by name or commit alone.
         revisions: The selector.
         model: Name of the model, for messages.
 
@@ -71,6 +72,15 @@ def select(checkpoints: Sequence[Checkpoint], revisions: str, model: str) -> tup
     """
     items = selector_items(revisions, [checkpoint.name for checkpoint in checkpoints])
     return tuple(sorted({index for item in items for index in _select_one(checkpoints, item, model)}))
+
+
+def _select_one(checkpoints: Sequence[Checkpoint], item: str, model: str) -> list[int]:
+    """Positions of what one selector means: of a name or a commit that one, of any other what repeats no other."""
+    named = [index for index, checkpoint in enumerate(checkpoints) if checkpoint.name == item]
+    if found := named or _of_commit(checkpoints, item, model):
+        return found
+    usable = [index for index, checkpoint in enumerate(checkpoints) if not checkpoint.repeats]
+    return [usable[index] for index in _select_many([checkpoints[index] for index in usable], item, model)]
 
 
 def spread(positions: Sequence[float], count: int) -> list[int]:
@@ -114,11 +124,8 @@ def _halve_widest_gap(positions: Sequence[float], order: Sequence[int], used: se
     return min((order[rank] for rank in range(left + 1, right)), key=lambda index: abs(positions[index] - middle))
 
 
-def _select_one(checkpoints: Sequence[Checkpoint], item: str, model: str) -> list[int]:
-    """Positions of what one selector means; an exact name goes before everything else."""
-    named = [index for index, checkpoint in enumerate(checkpoints) if checkpoint.name == item]
-    if named:
-        return named
+def _select_many(checkpoints: Sequence[Checkpoint], item: str, model: str) -> list[int]:
+    """Positions of what a selector means that is neither a name nor a commit."""
     parsed = [index for index, checkpoint in enumerate(checkpoints) if checkpoint.is_parsed]
     word, colon, value = item.partition(":")
     if item == "all" or (colon and word in _COUNTED):
@@ -137,7 +144,7 @@ def _select_one(checkpoints: Sequence[Checkpoint], item: str, model: str) -> lis
     if any(mark in item for mark in "*?["):
         found = [i for i, checkpoint in enumerate(checkpoints) if fnmatch.fnmatchcase(checkpoint.name, item)]
         return found or _refuse(checkpoints, item, model)
-    return _of_commit(checkpoints, item, model) or _refuse(checkpoints, item, model)
+    return _refuse(checkpoints, item, model)
 
 
 def _every(checkpoints: Sequence[Checkpoint], count: int) -> list[int]:

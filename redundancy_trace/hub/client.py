@@ -6,6 +6,7 @@ file that is worth keeping goes through it into the user's cache. All by commit.
 """
 
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -114,6 +115,38 @@ class Hub:
                 entries, page = self._get_json(page)
                 found += [_file_of(entry) for entry in entries if entry["type"] == "file"]
         return tuple(found)
+
+    def file_facts(self, repo: str, commit: str, path: str) -> RepoFile | None:
+        """Size and hash of one file, by a question that counts towards the larger of the Hub's limits; None: not there.
+
+        Raises:
+            InputError: As for `files`.
+        """
+        from huggingface_hub import get_session
+        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
+
+        address = f"{self.url}/{_checked(repo)}/resolve/{commit}/{quote(path)}"
+        headers = {**build_hf_headers(token=self.token), "Accept-Encoding": "identity"}
+
+        def ask() -> Any:
+            allowance(self.url, "resolvers").take()
+            answer = get_session().head(
+                address, headers=headers, timeout=REQUEST_TIMEOUT_SECONDS, follow_redirects=False
+            )
+            observe(self.url, "resolvers", answer.headers)
+            if answer.status_code >= 400 and answer.status_code != 404:
+                hf_raise_for_status(answer)
+            return answer
+
+        with self._told(InputError, repo, commit):
+            answer = retried(ask, patient=False)
+        told = answer.headers
+        digest = (told.get("X-Linked-ETag") or told.get("ETag") or "").removeprefix("W/").strip('"')
+        size = told.get("X-Linked-Size") or (told.get("Content-Length") if answer.status_code == 200 else None)
+        if answer.status_code == 404 or size is None or not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", digest):
+            return None
+        large = len(digest) == 64
+        return RepoFile(path, int(size), digest if large else None, None if large else digest)
 
     def cached_commits(self, repo: str, kind: RepoKind = "model") -> tuple[str, ...]:
         """The commits of which the user's own Hub cache holds files; they may have no name there."""

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 from redundancy_trace.checkpoints import (
     Checkpoint,
     Listing,
+    hashed,
     is_local,
     list_checkpoints,
     listing_from_json,
     listing_to_json,
-    local_commit,
     remembered_from_json,
+    reselected,
 )
 from redundancy_trace.errors import CheckpointError, InputError, TraceError
 from redundancy_trace.hub import Hub
@@ -114,7 +115,10 @@ def run_sweep(settings: TraceSettings, reporter: Reporter) -> SweepResult:
         return SweepResult(folder, 0, plan.stored, {}, (), label_asked_for(settings, listing), plan, listing)
     reporter.line(plan.told())
     calibration, run = calibrate(settings, listing, run, hub)
-    listing, failures = _with_commits(listing, remembered)
+    told = listing.notes
+    listing, failures = _with_commits(listing, remembered, settings.revisions)
+    for note in listing.notes[len(told) :]:
+        reporter.line(note)
     tasks, kept = open_tasks(listing, run, calibration)
     run = store.write_run(run, given)
     store.write_json(listing_file, listing_to_json(listing, remembered))
@@ -210,20 +214,27 @@ def _known_listing(file: Path, model: str) -> tuple[Listing | None, dict[Any, st
         return None, {}
 
 
-def _with_commits(listing: Listing, remembered: dict[Any, str]) -> tuple[Listing, dict[str, str]]:
-    """The listing with the commits of chosen local checkpoints, and why some have none; reads files not yet hashed."""
+def _with_commits(listing: Listing, remembered: dict[Any, str], revisions: str) -> tuple[Listing, dict[str, str]]:
+    """The listing with the commits of chosen local checkpoints, and why some have none; reads files not yet hashed.
+
+    Those whose weights turn out to be another's are replaced by others, as on the Hub.
+    """
     failures = {c.name: f"{c.repo} gave no commit" for c in listing.chosen if c.kind == "repo" and c.commit is None}
 
     def with_commit(checkpoint: Checkpoint) -> Checkpoint:
         if checkpoint.path is None or not checkpoint.chosen:
             return checkpoint
         try:
-            return replace(checkpoint, commit=local_commit(checkpoint.path, remembered))
+            return hashed(checkpoint, remembered)
         except CheckpointError as error:
             failures[checkpoint.name] = str(error)
             return checkpoint
 
-    return replace(listing, checkpoints=tuple(map(with_commit, listing))), failures
+    listing = replace(listing, checkpoints=tuple(map(with_commit, listing)))
+    if listing.source == "local" and (again := reselected(listing, revisions)).chosen != listing.chosen:
+        listing, more = _with_commits(again, remembered, revisions)
+        failures = {c.name: reason for c in listing.chosen if (reason := (failures | more).get(c.name)) is not None}
+    return listing, failures
 
 
 def _draw(run: "Run", listing: Listing, calibration: str, reporter: Reporter) -> tuple[Path, ...]:

@@ -1,0 +1,278 @@
+"""Checkpoints that are not what their names say: found from hashes, before a byte of weights moves."""
+
+import json
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from loopback_hub import LoopbackHub
+from polars.testing import assert_frame_equal
+from tiny_runs import PYDOC, branches, checkpoint_files, leftovers, numbers
+
+import redundancy_trace as rt
+from redundancy_trace import cli
+from redundancy_trace.checkpoints import Checkpoint, list_checkpoints, listing
+from redundancy_trace.checkpoints.duplicates import mark_duplicates
+from redundancy_trace.checkpoints.ordering import in_training_order
+from redundancy_trace.hub import RepoFile
+
+PYTHIA = [0, *(2**n for n in range(10)), *range(1000, 144000, 1000)]
+
+
+def bins(*contents: str) -> dict[str, bytes]:
+    """A checkpoint of one torch file, or of several shards, with these contents."""
+    count = len(contents)
+    names = [f"pytorch_model-{n:05}-of-{count:05}.bin" for n in range(1, count + 1)]
+    return {"config.json": b"{}"} | {
+        name: content.encode()
+        for name, content in zip(names if count > 1 else ["pytorch_model.bin"], contents, strict=True)
+    }
+
+
+def listed(hub: LoopbackHub, model: str, revisions: str = "all") -> dict[str, Checkpoint]:
+    hub.forget_requests()
+    found = list_checkpoints(model, revisions, endpoint=hub.url)
+    assert hub.count("GET", "*/resolve/*") == 0, "no content was moved"
+    return {checkpoint.name: checkpoint for checkpoint in found}
+
+
+def chosen(found: dict[str, Checkpoint]) -> list[str]:
+    return [name for name, checkpoint in found.items() if checkpoint.chosen]
+
+
+# What was seen in published runs
+
+
+@pytest.fixture
+def pythia_2_8b(loopback_hub):
+    """154 branches: 76 hold main's weights, 10 more share a second file, 68 are their own."""
+    chance = random.Random(0)
+    middle = [step for step in PYTHIA if step not in (0, 143000)]
+    stale = set(chance.sample(middle, 86))
+    second = set(chance.sample(sorted(stale), 10))
+    contents = {s: "second" if s in second else "final" if s in stale else f"of step {s}" for s in PYTHIA}
+    loopback_hub.add_repo(
+        "EleutherAI/pythia-2.8b",
+        revisions={"main": bins("final"), **{f"step{step}": bins(content) for step, content in contents.items()}},
+    )
+    return loopback_hub, stale, second
+
+
+def test_pythia_2_8b(pythia_2_8b):
+    hub, stale, second = pythia_2_8b
+    found = listed(hub, "EleutherAI/pythia-2.8b")
+    flagged = {checkpoint.step for checkpoint in found.values() if checkpoint.repeats}
+    assert flagged == stale
+    assert len(flagged) == 86
+    assert len(chosen(found)) == 68
+    assert all(found[f"step{step}"].duplicate_of == "main" for step in stale - second)
+    first, other, *_ = sorted(second)
+    assert found[f"step{first}"].duplicate_of == f"step{other}"
+    assert {found[f"step{step}"].duplicate_of for step in second - {first}} == {f"step{first}"}
+    assert (found["main"].bytes, found["main"].format, found["main"].duplicate_of) == (None, None, None)
+
+
+def test_a_subsample_is_of_distinct_models(pythia_2_8b):
+    hub, stale, _ = pythia_2_8b
+    found = listed(hub, "EleutherAI/pythia-2.8b", "log:20")
+    names = chosen(found)
+    assert len(names) == 20
+    assert names[0] == "step0"
+    assert names[-1] == "step143000"
+    hashes = [found[name].files[-1].sha256 for name in names]
+    # Of the ten that share a second file one alone may have been looked at: nothing then tells.
+    assert len(set(hashes)) == 20
+    dropped = [c for c in found.values() if c.repeats]
+    assert dropped
+    for checkpoint in dropped:
+        assert checkpoint.step in stale
+        assert checkpoint.bytes
+        assert not checkpoint.chosen
+    untouched = [c for c in found.values() if c.files is None]
+    assert len(untouched) > 60, "only what is selected is looked at"
+    assert all((c.bytes, c.format, c.duplicate_of) == (None, None, None) for c in untouched)
+    assert hub.count("GET", "*/tree/*") == sum(c.files is not None for c in found.values()) + 1, "and main"
+
+
+def test_a_duplicate_may_be_named(pythia_2_8b, capsys):
+    hub, stale, second = pythia_2_8b
+    step = min(stale - second)
+    found = listed(hub, "EleutherAI/pythia-2.8b", f"step{step},step0")
+    assert set(chosen(found)) == {"step0", f"step{step}"}
+    assert found[f"step{step}"].duplicate_of == "main"
+    commit = hub.commit("EleutherAI/pythia-2.8b", f"step{step}")
+    assert f"step{step}" in chosen(listed(hub, "EleutherAI/pythia-2.8b", f"{commit},step0"))
+    low = min(stale - second)
+    arguments = ["list", "--model", "EleutherAI/pythia-2.8b", "--endpoint", hub.url, "--revisions"]
+    assert cli.run([*arguments, f"{low}..{low}"]) == 0, "one alone is compared with none"
+    assert cli.run([*arguments, "all"]) == 0
+    told = capsys.readouterr()
+    assert f"86 repeat the weights of another and are left out: step{low} = main, step" in told.err
+    assert "duplicate of" in told.out
+    assert cli.run([*arguments, "all", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert sum(row["duplicate_of"] is not None for row in rows) == 86
+
+
+def test_a_range_of_nothing_but_duplicates(loopback_hub, capsys):
+    contents = {"main": bins("final"), "step0": bins("a"), **{f"step{n}": bins("final") for n in (10, 20)}}
+    loopback_hub.add_repo("org/model", revisions=contents | {"step30": bins("b")})
+    assert cli.run(["list", "--model", "org/model", "--endpoint", loopback_hub.url, "--revisions", "10..20"]) == 2
+    told = capsys.readouterr().err
+    assert "--revisions 10..20 selects nothing else of org/model. Of 2 checkpoints that were looked at, 2 rep" in told
+    assert "step10 = main, step20 = main" in told
+    assert "Name one" in told
+
+
+def test_pythia_12b_shares_a_shard(loopback_hub):
+    contents = {f"step{step}": bins(*(f"{step} {part}" for part in range(3))) for step in PYTHIA}
+    for step in (50000, 58000):
+        contents[f"step{step}"] = bins("143000 0", f"{step} 1", f"{step} 2")
+    loopback_hub.add_repo("EleutherAI/pythia-12b", revisions=contents | {"main": contents["step143000"]})
+    found = listed(loopback_hub, "EleutherAI/pythia-12b")
+    partial = {name: c.partial_duplicate_of for name, c in found.items() if c.partial_duplicate_of}
+    assert partial == {"step50000": "step143000", "step58000": "step143000"}
+    assert not any(c.duplicate_of for c in found.values())
+    assert len(chosen(found)) == 152
+
+
+def test_olmo_2_7b_has_a_trio(loopback_hub):
+    steps = [1000, 101000, 175000, 300000, 928646]
+    contents = {
+        f"stage1-step{step}-tokens{step // 238}B": bins("trio" if step in steps[1:4] else str(step)) for step in steps
+    }
+    loopback_hub.add_repo("allenai/OLMo-2-1124-7B", revisions={"main": bins("annealed"), **contents})
+    found = listed(loopback_hub, "allenai/OLMo-2-1124-7B")
+    first, second, third = (c for c in found.values() if c.repeats)
+    assert (first.step, second.step, third.step) == tuple(steps[1:4])
+    assert first.duplicate_of == second.name, "none of a trio in the middle can be trusted"
+    assert second.duplicate_of == third.duplicate_of == first.name
+    assert [found[name].step for name in chosen(found)] == [1000, 928646]
+
+
+def test_the_first_steps_of_pythia_are_step_0(loopback_hub):
+    contents = {f"step{n}": bins("initial" if n <= 2 else str(n)) for n in (0, 1, 2, 4, 8)}
+    loopback_hub.add_repo("EleutherAI/pythia-14m", revisions={"main": contents["step8"], **contents})
+    found = listed(loopback_hub, "EleutherAI/pythia-14m")
+    assert {n: c.duplicate_of for n, c in found.items() if c.repeats} == {"step1": "step0", "step2": "step0"}
+    assert chosen(found) == ["step0", "step4", "step8"]
+
+
+def test_bloom_tags_of_one_model(loopback_hub):
+    steps = (1000, 10000, 100000, 200000, 300000)
+    tags = {f"global_step{n}": bins("same" if n in (100000, 200000) else str(n)) for n in steps}
+    loopback_hub.add_repo("bigscience/bloom-7b1-intermediate", revisions={"main": bins("main")}, tags=tags)
+    found = listed(loopback_hub, "bigscience/bloom-7b1-intermediate")
+    assert found["global_step100000"].duplicate_of == "global_step200000"
+    assert found["global_step200000"].duplicate_of == "global_step100000"
+    assert len(chosen(found)) == 3
+
+
+def test_very_many_are_asked_for_one_by_one(loopback_hub, monkeypatch):
+    """Beyond the limit of the Hub's interface the hashes come from the larger allowance, and are the same."""
+    steps = range(0, 40000, 1000)
+    contents = {f"step{n}-tokens{n // 250}B": bins("twice" if n in (5000, 6000) else str(n)) for n in steps}
+    loopback_hub.add_repo("allenai/OLMo-7B", revisions={"main": bins("annealed"), **contents})
+    by_tree = listed(loopback_hub, "allenai/OLMo-7B")
+    monkeypatch.setattr(listing, "MANY_TREES", 30)
+    for cdn in (False, True):
+        loopback_hub.cdn = cdn
+        by_head = listed(loopback_hub, "allenai/OLMo-7B")
+        assert by_head == by_tree
+        assert loopback_hub.count("HEAD", "*/resolve/*") == 39 * 2
+        assert loopback_hub.count("GET", "*/tree/*") <= 2, "one for the names of the files, one for main"
+    odd = contents["step9000-tokens36B"] | {"model.safetensors": b"another form"}
+    del odd["pytorch_model.bin"]
+    loopback_hub.set_revision("allenai/OLMo-7B", "step9000-tokens36B", odd)
+    found = listed(loopback_hub, "allenai/OLMo-7B")
+    assert found["step9000-tokens36B"].format == "safetensors"
+    assert found["step8000-tokens32B"].format == "bin"
+
+
+# The rule
+
+
+def checkpoint(step: int | None, *hashes: str | None) -> Checkpoint:
+    name = "main" if step is None else f"step{step}"
+    shards = len(hashes)
+    names = [f"model-{n:05}-of-{shards:05}.safetensors" for n in range(1, shards + 1)]
+    files = tuple(RepoFile(name, 1, digest) for name, digest in zip(names, hashes, strict=True))
+    return Checkpoint(name=name, kind="branch", step=step, files=files if shards else None)
+
+
+@st.composite
+def listings(draw):
+    steps = draw(st.lists(st.integers(0, 30), unique=True, min_size=1, max_size=12))
+    shards = draw(st.integers(1, 3))
+    contents = st.lists(st.sampled_from([*"abcdef", None]), min_size=shards, max_size=shards)
+    found = [checkpoint(step, *draw(contents)) for step in steps]
+    return [*found, *([checkpoint(None, *draw(contents))] if draw(st.booleans()) else [])]
+
+
+@given(listings(), st.randoms())
+def test_the_rule_holds_for_any_listing(found, chance):
+    ordered = in_training_order(found)
+    marked = mark_duplicates(ordered)
+    assert mark_duplicates(marked) == marked
+    chance.shuffle(found)
+    assert mark_duplicates(in_training_order(found)) == marked
+    by_name = {c.name: c for c in marked}
+    last = [c for c in marked if c.step is not None][-1]
+
+    def hashes(c):
+        return [file.sha256 for file in c.files]
+
+    for c in marked:
+        known = None not in hashes(c)
+        equals = [o for o in marked if o.name != c.name and known and hashes(o) == hashes(c)]
+        shared = [o for o in marked if o.name != c.name and known and None not in hashes(o) and
+                  set(hashes(o)) & set(hashes(c))]  # fmt: skip
+        if c.duplicate_of is not None:
+            assert hashes(by_name[c.duplicate_of]) == hashes(c)
+            assert c.duplicate_of != c.name
+        if c.partial_duplicate_of is not None:
+            assert c.partial_duplicate_of in {o.name for o in shared}
+            assert c.duplicate_of is None
+        if equals and not c.repeats:
+            assert c.step == 0 or c is last or c.name == "main"
+            assert all(o.duplicate_of == c.name for o in equals)
+        if not shared:
+            assert not c.repeats
+        if c.step == 0:
+            assert c.duplicate_of is None
+
+
+# End to end
+
+
+def test_a_sweep_leaves_duplicates_out(loopback_hub, tiny_run, tmp_path, no_figures, capsys):
+    hub, out = loopback_hub, tmp_path / "run"
+    served = branches(tiny_run)
+    stale = {"step3": served["step8"], "step5": served["step8"]}
+    hub.add_repo("me/model", revisions=served | stale)
+    arguments = ["--model", "me/model", "--endpoint", hub.url, *PYDOC, "--revisions"]
+    assert cli.run([*arguments, "all", "--out", str(out)]) == 0
+    assert "2 repeat the weights of another and are left out: step3 = step8, step5 = step8" in capsys.readouterr().err
+    moved = {request.path.split("/")[4] for request in hub.matching("GET", "*/model.safetensors")}
+    assert moved == {hub.commit("me/model", f"step{step}") for step in (0, 1, 2, 4, 8)}
+    kept = json.loads((out / "listing.json").read_text())["checkpoints"]
+    assert {c["name"]: c["duplicate_of"] for c in kept if c["duplicate_of"]} == {"step3": "step8", "step5": "step8"}
+    hub.add_repo("me/clean", revisions=served)
+    clean = ["--model", "me/clean", *arguments[2:]]
+    assert cli.run([*clean, "all", "--out", str(tmp_path / "clean")]) == 0
+    assert_frame_equal(numbers(rt.read_scores(out)), numbers(rt.read_scores(tmp_path / "clean")))
+    assert not leftovers(out)
+
+
+def test_local_duplicates_are_found_once_they_are_read(tiny_run, tmp_path, no_figures, capsys):
+    for name, step in (("checkpoint-0", 0), ("checkpoint-2", 2), ("checkpoint-6", 8), ("checkpoint-8", 8)):
+        (tmp_path / "run" / name).mkdir(parents=True)
+        for file, source in checkpoint_files(tiny_run, step).items():
+            (tmp_path / "run" / name / file).write_bytes(source.read_bytes())
+    out = tmp_path / "out"
+    arguments = ["--model", str(tmp_path / "run"), "--out", str(out), *PYDOC, "--revisions"]
+    assert cli.run([*arguments, "all"]) == 0
+    assert "checkpoint-6 = checkpoint-8" in capsys.readouterr().err
+    assert set(rt.read_scores(out)["revision"]) == {"checkpoint-0", "checkpoint-2", "checkpoint-8"}
+    assert cli.run([*arguments, "checkpoint-6"]) == 0, "it may be named"
