@@ -411,7 +411,8 @@ def test_the_old_name_of_a_repository_that_moved(
 ) -> None:
     hub = loopback_hub
     files = {"config.json": b"{}", "pytorch_model.bin": b"weights"}
-    hub.add_repo("IFM/Amber", revisions={"main": files, "ckpt_000": files, "ckpt_358": files})
+    last = files | {"pytorch_model.bin": b"final weights"}
+    hub.add_repo("IFM/Amber", revisions={"main": last, "ckpt_000": files, "ckpt_358": last})
     if redirected:
         hub.rename("LLM360/Amber", "IFM/Amber")
     listing = list_checkpoints("LLM360/Amber", "all", endpoint=hub.url)
@@ -425,13 +426,13 @@ def test_the_old_name_of_a_repository_that_moved(
 
 
 def test_notes_on_runs_whose_labels_mislead(loopback_hub: LoopbackHub) -> None:
-    one = {"config.json": b"{}", "model.safetensors": b"w"}
+    first, last = ({"config.json": b"{}", "model.safetensors": content} for content in (b"v", b"w"))
     for repo, told in {
         "EleutherAI/pythia-160m-weight-seed1": "do not descend from their step0",
         "EleutherAI/pythia-410m-deduped-v0": "step1000 was step 500",
         "EleutherAI/pythia-160m": None,
     }.items():
-        loopback_hub.add_repo(repo, revisions=dict.fromkeys(["main", "step1000", "step2000"], one))
+        loopback_hub.add_repo(repo, revisions={"main": last, "step1000": first, "step2000": last})
         notes = list_checkpoints(repo, "all", endpoint=loopback_hub.url).notes
         assert told in notes[0] if told else notes == ()
 
@@ -496,7 +497,7 @@ def test_folders_of_one_commit(loopback_hub: LoopbackHub, tmp_path: Path) -> Non
     hub = loopback_hub
     one = {"config.json": b"{}", "model.safetensors": b"weights", "sub/model.safetensors": b"no"}
     folders = ["iter_0002384", "gpt2-checkpoint-70", "step10-tokens3B", "runs/checkpoint-5"]
-    content = {f"{folder}/{path}": data for folder in folders for path, data in one.items()}
+    content = {f"{folder}/{path}": data + folder.encode() for folder in folders for path, data in one.items()}
     content |= {"checkpoint-1/config.json": b"{}", "checkpoint-2/model.safetensors": b"w", "final/config.json": b"{}"}
     hub.add_repo("me/model", revisions={"main": {"README.md": b"", **content}, "checkpoint-9": one})
     listing = list_checkpoints("me/model", "all", endpoint=hub.url)
@@ -519,7 +520,7 @@ def test_folders_of_one_commit(loopback_hub: LoopbackHub, tmp_path: Path) -> Non
 def test_two_runs_in_one_repository_are_two_series(loopback_hub: LoopbackHub) -> None:
     one = {"config.json": b"{}", "model.safetensors": b"w"}
     folders = [f"{run}/checkpoint-{step}" for run in ("html", "url") for step in (500, 10000)]
-    content = {f"{folder}/{path}": data for folder in folders for path, data in one.items()}
+    content = {f"{folder}/{path}": data + folder.encode() for folder in folders for path, data in one.items()}
     loopback_hub.add_repo("me/runs", revisions={"main": content})
     listing = list_checkpoints("me/runs", "all", endpoint=loopback_hub.url)
     assert [(c.name, c.seed) for c in listing.chosen] == [(f, f.partition("/")[0]) for f in folders]

@@ -47,9 +47,16 @@ def python(code, *arguments):
 # trace list
 
 
+def other_weights(run):
+    """A checkpoint like the last one, but for one bit of the weights."""
+    files = dict(branches(run)["step8"])
+    weights = files["model.safetensors"].read_bytes()
+    return files | {"model.safetensors": weights[:-1] + bytes([weights[-1] ^ 1])}
+
+
 def test_list_of_a_repository_moves_no_weights(loopback_hub, tiny_run, capsys):
     loopback_hub.add_repo(
-        "me/model", revisions=branches(tiny_run), tags={"stage2-step9-tokens1B": branches(tiny_run)["step8"]}
+        "me/model", revisions=branches(tiny_run), tags={"stage2-step9-tokens1B": other_weights(tiny_run)}
     )
     arguments = ["list", "--model", "me/model", "--endpoint", loopback_hub.url]
     assert cli.run([*arguments, "--revisions", "step1,step8", "--json", "--tokens-per-step", "10"]) == 0
@@ -74,7 +81,18 @@ def test_list_of_a_repository_moves_no_weights(loopback_hub, tiny_run, capsys):
     told = capsys.readouterr()
     assert told.err == ""
     lines = told.out.splitlines()
-    assert lines[0].split() == ["name", "commit", "stage", "step", "tokens", "bytes", "format", "kind"]
+    assert lines[0].split() == [
+        "name",
+        "commit",
+        "stage",
+        "step",
+        "tokens",
+        "bytes",
+        "format",
+        "kind",
+        "duplicate",
+        "of",
+    ]
     starred = [line.split()[1] for line in lines if line.startswith("*")]
     assert starred == [*(f"step{s}" for s in STEPS), "stage2-step9-tokens1B"]
     assert lines[-1] == f"7 refs, 6 chosen (*), {6 * size:,} bytes of weights"

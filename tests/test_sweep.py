@@ -17,6 +17,7 @@ import polars as pl
 import pytest
 import torch
 from polars.testing import assert_frame_equal
+from safetensors.torch import load_file, save
 from tiny_runs import PYDOC, SHAPE, STEPS, Sweeps, branches, c4, checkpoint_files, leftovers, numbers, token_file
 
 import redundancy_trace as rt
@@ -147,13 +148,17 @@ def test_a_branch_that_moved_is_scored_again_and_read_at_its_present_commit(
 ):
     hub = loopback_hub
     hub.add_repo("me/model", revisions=branches(tiny_run))
+    before = hub.commit("me/model", "step2")
     assert sweep_hub(hub, tmp_path / "run", "--quiet", *PYDOC) == 0
-    hub.set_revision("me/model", "step2", {**checkpoint_files(tiny_run, 4), "note": b"moved"})
+    weights = load_file(tiny_run / "checkpoint-4" / "model.safetensors")
+    new = save({name: tensor * 1.5 for name, tensor in weights.items()}, {"format": "pt"})
+    hub.set_revision("me/model", "step2", {**checkpoint_files(tiny_run, 4), "model.safetensors": new})
     assert sweep_hub(hub, tmp_path / "run", "--quiet", *PYDOC) == 0
     assert len(scored) == len(STEPS) + 1
     scores = rt.read_scores(tmp_path / "run")
     assert scores.filter(step=2)["commit"].unique().to_list() == [hub.commit("me/model", "step2")]
-    assert scores.filter(step=2)["value"].to_list() == scores.filter(step=4)["value"].to_list()
+    (part,) = (tmp_path / "run" / "scores").glob(f"{before[:12]}-*.parquet")
+    assert set(scores.filter(step=2)["value"]) != set(pl.read_parquet(part)["value"])
 
 
 # What is scored, and what is not again

@@ -90,7 +90,7 @@ class _Keepers:
         first = [index for index in group if is_first(self._checkpoints[index])]
         last = [index for index in group if index in self._last]
         main = [index for index in group if self._checkpoints[index].name == "main"]
-        return next(iter([*first, *last, *main]), None)
+        return next(iter([*first, *reversed(last), *main]), None)
 
 
 def _groups(keyed: Iterable[tuple[Hashable, int]]) -> list[list[int]]:

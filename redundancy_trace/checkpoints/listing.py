@@ -145,8 +145,8 @@ def _with_main(
     hub: Hub, model: str, checkpoints: tuple[Checkpoint, ...], seen: Sequence[Checkpoint]
 ) -> tuple[Checkpoint, ...]:
     """With the files of `main` too, which wrong uploads were seen to repeat; one alone is compared with none."""
-    if sum(c.chosen for c in checkpoints) < 2:
-        return checkpoints
+    if sum(c.chosen for c in checkpoints) < 2 or any(c.kind == "repo" for c in checkpoints):
+        return checkpoints  # a run of repositories may be named by one of them, whose `main` is that checkpoint itself
     asked = [replace(c, chosen=c.name == "main" and c.kind in ("branch", "tag")) for c in checkpoints]
     return _with_files(hub, model, asked, (*seen, *checkpoints))
 
