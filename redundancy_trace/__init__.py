@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from redundancy_trace.checkpoints import list_checkpoints
     from redundancy_trace.errors import CheckpointError, InputError, TraceError
     from redundancy_trace.figures import draw_figures, plot_depth, plot_heatmap, plot_loss, plot_training_heatmaps
-    from redundancy_trace.store import read_distances, read_scores
+    from redundancy_trace.store import read_distances, read_duplicates, read_scores
     from redundancy_trace.sweep import score_model, trace
 
 # Public name → the module that has it.
@@ -26,6 +26,7 @@ _HOMES = {
     "plot_loss": "figures",
     "plot_training_heatmaps": "figures",
     "read_distances": "store",
+    "read_duplicates": "store",
     "read_scores": "store",
     "score_model": "sweep",
     "trace": "sweep",
@@ -42,6 +43,7 @@ __all__ = [
     "plot_loss",
     "plot_training_heatmaps",
     "read_distances",
+    "read_duplicates",
     "read_scores",
     "score_model",
     "trace",

@@ -76,6 +76,44 @@ def one_calibration(scores: pl.DataFrame, calibration: str | None = None) -> pl.
     return scores.filter(pl.col("calibration").eq_missing(pl.lit(wanted, dtype=pl.String)))
 
 
+def leave_out_duplicates(scores: pl.DataFrame, duplicates: pl.DataFrame | None) -> pl.DataFrame:
+    """The rows of checkpoints that are what their names say: for curves and statistics.
+
+    Args:
+        scores: Scores of one model.
+        duplicates: Checkpoints that repeat another's weights, as `read_duplicates` gives them; None = none.
+
+    Returns:
+        The rows of the others; all rows where there are no others.
+    """
+    if duplicates is None or duplicates.is_empty():
+        return scores
+    kept = scores.filter(~pl.col("revision").is_in(duplicates["revision"].implode()))
+    return scores if kept.is_empty() else kept
+
+
+def blank_duplicates(scores: pl.DataFrame, duplicates: pl.DataFrame | None) -> pl.DataFrame:
+    """The scores with every duplicate in its place, scored or not, and no value there: for pictures that show gaps.
+
+    Args:
+        scores: Scores of one model.
+        duplicates: As for `leave_out_duplicates`.
+
+    Returns:
+        The rows of the others, and for each duplicate all their layers, components and metrics with a null value.
+    """
+    kept = leave_out_duplicates(scores, duplicates)
+    if duplicates is None or duplicates.is_empty():
+        return scores
+    duplicates = duplicates.filter(~pl.col("revision").is_in(kept["revision"].unique().implode()))
+    shared = kept.select(name for name in ("model", "calibration") if name in kept.columns).head(1)
+    keys = kept.select("layer", "component", "metric").unique(maintain_order=True)
+    place = [name for name in CHECKPOINT_COLUMNS if name in duplicates.columns]
+    blank = duplicates.select(place).join(keys, how="cross").join(shared, how="cross")
+    blank = blank.select(name for name in blank.columns if name in kept.columns)
+    return pl.concat([kept, blank], how="diagonal_relaxed")
+
+
 def checkpoint_order(scores: pl.DataFrame) -> pl.DataFrame:
     """The checkpoints of a frame in training order.
 

@@ -181,11 +181,12 @@ def plot_command(
     """Redraw a run's figures from its stored scores."""
     from redundancy_trace.analysis import one_calibration
     from redundancy_trace.figures import draw_figures
-    from redundancy_trace.store import read_scores
+    from redundancy_trace.store import read_duplicates, read_scores
 
     wanted = [form.strip() for form in formats.split(",") if form.strip()]
     scores = one_calibration(read_scores(run_folder), calibration)
-    for path in draw_figures(scores, run_folder / "figures", figure or None, wanted):
+    duplicates = read_duplicates(run_folder)
+    for path in draw_figures(scores, run_folder / "figures", figure or None, wanted, duplicates):
         typer.echo(path)
     return 0
 

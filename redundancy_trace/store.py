@@ -354,6 +354,32 @@ def read_distances(folder: str | Path) -> pl.DataFrame:
     return _read(Path(folder).expanduser(), "distances", DISTANCE_SCHEMA, ("layer", "to_layer", "metric"))
 
 
+def read_duplicates(folder: str | Path) -> pl.DataFrame:
+    """The checkpoints of a run's listing whose weights are, whole or in part, those of another.
+
+    Args:
+        folder: A run folder.
+
+    Returns:
+        One row a checkpoint, in training order, whether it was scored or not: `revision`, `commit`, `stage`,
+        `ingredient`, `seed`, `step`, `tokens`, `duplicate_of` (the revision whose weights it has) and `partial`
+        (whether it shares only some of its weight files). Those whose names tell no place in training are left out.
+    """
+    names = ("revision", "commit", "stage", "ingredient", "seed", "step", "tokens")
+    schema = {name: SCORE_SCHEMA[name] for name in names} | {"duplicate_of": pl.String, "partial": pl.Boolean}
+    try:
+        listed = json.loads((Path(folder) / "listing.json").read_text(encoding="utf-8"))["checkpoints"]
+        rows = [
+            (c["name"], *(c[name] for name in names[1:]), whole or part, whole is None)
+            for c in listed
+            if ((whole := c["duplicate_of"]) or (part := c["partial_duplicate_of"]))
+            and (c["step"] is not None or c["tokens"] is not None)
+        ]
+    except (OSError, ValueError, KeyError, TypeError):
+        rows = []
+    return pl.DataFrame(rows, schema=schema, orient="row")
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write JSON whole or not at all."""
     text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"

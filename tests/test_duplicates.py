@@ -3,6 +3,7 @@
 import json
 import random
 
+import polars as pl
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -263,6 +264,16 @@ def test_a_sweep_leaves_duplicates_out(loopback_hub, tiny_run, tmp_path, no_figu
     assert cli.run([*clean, "all", "--out", str(tmp_path / "clean")]) == 0
     assert_frame_equal(numbers(rt.read_scores(out)), numbers(rt.read_scores(tmp_path / "clean")))
     assert not leftovers(out)
+    left_out = rt.read_duplicates(out)
+    assert left_out.select("revision", "step", "duplicate_of", "partial").rows() == [
+        ("step3", 3, "step8", False), ("step5", 5, "step8", False)
+    ]  # fmt: skip
+    assert rt.read_duplicates(tmp_path / "clean").is_empty()
+    assert rt.read_duplicates(tmp_path / "none").is_empty()
+    assert cli.run(["plot", str(out), "--format", "png"]) == 0
+    table = pl.read_csv(out / "figures" / "importance.csv")
+    assert set(table.filter(pl.col("value").is_null())["revision"]) == {"step3", "step5"}
+    assert set(pl.read_csv(out / "figures" / "loss.csv")["revision"]) == {f"step{step}" for step in (0, 1, 2, 4, 8)}
 
 
 def test_local_duplicates_are_found_once_they_are_read(tiny_run, tmp_path, no_figures, capsys):

@@ -275,6 +275,37 @@ def test_what_was_not_scored_is_hatched_and_said():
     assert np.isnan(shown(ax)).all(axis=0).sum() == 3  # two holes, and the gap before the final model
 
 
+def repeats(steps):
+    """What `read_duplicates` gives, of checkpoints at these steps."""
+    rows = [(f"step{step}", f"{step:040x}", step, "main", False) for step in steps]
+    schema = {"revision": pl.String, "commit": pl.String, "step": pl.Int64, "duplicate_of": pl.String, "partial": bool}
+    return pl.DataFrame(rows, schema=schema, orient="row")
+
+
+def test_what_repeats_other_weights_is_hatched_in_its_place_scored_or_not(tmp_path):
+    scores = fake_scores([0, 1000, 2000, 3000, 5000])
+    duplicates = repeats([2000, 4000])
+    ax = plot_heatmap(scores, component="mlp", duplicates=duplicates)
+    assert "hatched: repeats other weights" in ax.get_xlabel()
+    body = next(c for c in ax.collections if isinstance(c, QuadMesh))
+    cells = np.ma.getmaskarray(body.get_array())
+    assert cells.all(axis=0).tolist() == [False, False, True, False, True, False]
+    draw_figures(scores, tmp_path, formats=["png"], duplicates=duplicates)
+    table = pl.read_csv(tmp_path / "importance.csv").filter((pl.col("component") == "mlp") & (pl.col("layer") == 1))
+    assert table["step"].to_list() == [0, 1000, 2000, 3000, 4000, 5000]
+    assert table["duplicate_of"].to_list() == [None, None, "main", None, "main", None]
+    assert table["value"].is_null().to_list() == [False, False, True, False, True, False]
+    assert 2000 not in pl.read_csv(tmp_path / "loss.csv")["step"].to_list()
+    assert 2000 not in pl.read_csv(tmp_path / "similarity-depth.csv")["step"].to_list()
+
+
+def test_duplicates_alone_are_shown_all_the_same():
+    scores = fake_scores([1000, 2000])
+    ax = plot_heatmap(scores, duplicates=repeats([1000, 2000]))
+    body = next(c for c in ax.collections if isinstance(c, QuadMesh))
+    assert not np.ma.getmaskarray(body.get_array()).any()
+
+
 def test_axes_in_axes_out():
     figure, axes = plt.subplots(1, 3)
     scores = fake_scores([0, 1, 2, 4])

@@ -13,7 +13,7 @@ from pathlib import Path
 import polars as pl
 from matplotlib.figure import Figure
 
-from redundancy_trace.analysis import Axis, metric_values, training_axis
+from redundancy_trace.analysis import Axis, blank_duplicates, leave_out_duplicates, metric_values, training_axis
 from redundancy_trace.errors import InputError, nearest
 from redundancy_trace.figures.curves import plot_depth, plot_depths, plot_loss
 from redundancy_trace.figures.heatmaps import plot_heatmap, plot_training_heatmaps
@@ -36,13 +36,18 @@ __all__ = [
 
 @dataclass(frozen=True)
 class FigureKind:
-    """One figure that a run has: how it is drawn, and the metric whose values it shows."""
+    """One figure that a run has: how it is drawn, the metric whose values it shows, and whether it shows gaps."""
 
-    draw: Callable[[pl.DataFrame], Figure]
+    draw: Callable[[pl.DataFrame, pl.DataFrame | None], Figure]
     metric: str
+    shows_gaps: bool = False
 
-    def numbers(self, scores: pl.DataFrame) -> pl.DataFrame:
+    def numbers(self, scores: pl.DataFrame, duplicates: pl.DataFrame | None = None) -> pl.DataFrame:
         """What the figure shows, one row a value; `position` is where the checkpoint stands on the axis."""
+        scores = (blank_duplicates if self.shows_gaps else leave_out_duplicates)(scores, duplicates)
+        repeats = pl.DataFrame(schema={"revision": pl.String, "duplicate_of": pl.String})
+        if duplicates is not None:
+            repeats = duplicates.select(repeats.columns)
         axis: Axis = training_axis(scores)
         places = pl.DataFrame(
             {"order": range(len(axis.values)), "position": axis.values},
@@ -51,23 +56,33 @@ class FigureKind:
         return (
             metric_values(scores, self.metric)
             .join(places, on="order", maintain_order="left")
+            .join(repeats, on="revision", how="left", maintain_order="left")
             .with_columns(position_of=pl.lit(axis.column))
             .select(
                 "model", "revision", "commit", "stage", "ingredient", "seed", "step", "tokens", "position_of",
                 "position", "component", "layer", "metric", "value", "stderr",
+                "duplicate_of",
             )
         )  # fmt: skip
 
 
-def _draw_loss(scores: pl.DataFrame) -> Figure:
-    figure = plot_loss(scores).get_figure(root=True)
+def _draw_heatmaps(scores: pl.DataFrame, duplicates: pl.DataFrame | None) -> Figure:
+    return plot_training_heatmaps(scores, duplicates=duplicates)
+
+
+def _draw_depths(scores: pl.DataFrame, duplicates: pl.DataFrame | None) -> Figure:
+    return plot_depths(leave_out_duplicates(scores, duplicates))
+
+
+def _draw_loss(scores: pl.DataFrame, duplicates: pl.DataFrame | None) -> Figure:
+    figure = plot_loss(leave_out_duplicates(scores, duplicates)).get_figure(root=True)
     assert figure is not None
     return figure
 
 
 FIGURES: dict[str, FigureKind] = {
-    "importance": FigureKind(plot_training_heatmaps, IMPORTANCE.name),
-    "similarity-depth": FigureKind(plot_depths, "cosine_similarity"),
+    "importance": FigureKind(_draw_heatmaps, IMPORTANCE.name, shows_gaps=True),
+    "similarity-depth": FigureKind(_draw_depths, "cosine_similarity"),
     "loss": FigureKind(_draw_loss, LOSS.name),
 }
 
@@ -77,6 +92,7 @@ def draw_figures(
     folder: str | Path,
     names: Iterable[str] | None = None,
     formats: Iterable[str] = ("png", "pdf"),
+    duplicates: pl.DataFrame | None = None,
 ) -> list[Path]:
     """Draw figures into a folder, each with a CSV of the numbers that it shows. The same scores give the same bytes.
 
@@ -85,6 +101,8 @@ def draw_figures(
         folder: Where to write, made if need be; a file that is there already is replaced whole.
         names: Keys of `FIGURES`; None = all whose metric is in the scores.
         formats: `png` (300 dots per inch), `pdf`, `svg`.
+        duplicates: Checkpoints that repeat another's weights, as `read_duplicates` gives them: hatched in heatmaps,
+            left out of curves.
 
     Returns:
         The pictures and, behind those of each figure, its CSV.
@@ -106,9 +124,9 @@ def draw_figures(
         folder.mkdir(parents=True, exist_ok=True)
         for name in names:
             kind = FIGURES[name]
-            numbers = kind.numbers(scores)
+            numbers = kind.numbers(scores, duplicates)
             with paper_style():
-                figure = kind.draw(scores)
+                figure = kind.draw(scores, duplicates)
                 for form in formats:
                     save = partial(figure.savefig, format=form, metadata=FORMATS[form])
                     written.append(write_whole(folder / f"{name}.{form}", save))

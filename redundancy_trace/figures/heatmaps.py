@@ -12,7 +12,7 @@ from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 
-from redundancy_trace.analysis import metric_values, training_axis
+from redundancy_trace.analysis import blank_duplicates, metric_values, training_axis
 from redundancy_trace.figures.style import (
     NOT_SCORED,
     PAGE_WIDTH,
@@ -49,6 +49,7 @@ def plot_heatmap(
     limits: Limits | None = None,
     first_layer_limits: Limits | None = None,
     colorbar: bool = True,
+    duplicates: pl.DataFrame | None = None,
 ) -> Axes:
     """Layer × training heatmap of one component; light = redundant.
 
@@ -65,6 +66,7 @@ def plot_heatmap(
             left out: then an arrow on the colour bar says up to where they reach.
         first_layer_limits: The same for layer 0.
         colorbar: Whether to draw the colour bars.
+        duplicates: Checkpoints that repeat another's weights, as `read_duplicates` gives them: hatched in their places.
 
     Returns:
         The axes of layers 1 and up (of layer 0 where there is no other).
@@ -72,7 +74,7 @@ def plot_heatmap(
     Raises:
         InputError: If the metric or the component is not in the scores.
     """
-    grids = _grids(scores, metric, (component,))
+    grids = _grids(scores, metric, (component,), duplicates)
     with axes_or_new(ax, height=2.8) as on:
         meshes = _draw(on, grids, component, training, *_both_limits(grids, limits, first_layer_limits))
         on.set_title(title(scores, f"{component_label(component)}") if ax is None else component_label(component))
@@ -82,7 +84,11 @@ def plot_heatmap(
 
 
 def plot_training_heatmaps(
-    scores: pl.DataFrame, *, metric: str = "importance", training: Literal["x", "y"] = "x"
+    scores: pl.DataFrame,
+    *,
+    metric: str = "importance",
+    training: Literal["x", "y"] = "x",
+    duplicates: pl.DataFrame | None = None,
 ) -> Figure:
     """Attention, MLP and Block side by side over training, on one colour scale; layer 0 on one of its own.
 
@@ -90,6 +96,7 @@ def plot_training_heatmaps(
         scores: Scores of one model.
         metric: `importance` or a stored metric of layers.
         training: The side along which training runs: `x`, or `y` as in Fig. 7 of arXiv 2406.15786.
+        duplicates: As for `plot_heatmap`.
 
     Returns:
         A figure as wide as a two-column page.
@@ -98,7 +105,7 @@ def plot_training_heatmaps(
         InputError: If the metric is not in the scores.
     """
     components = [name for name in COMPONENTS if name in metric_values(scores, metric)["component"].to_list()]
-    grids = _grids(scores, metric, tuple(components))
+    grids = _grids(scores, metric, tuple(components), duplicates)
     limits = _both_limits(grids, None, None)
     with paper_style():
         height = float(np.clip(1.6 + 0.03 * grids.n_layers, 2.2, 3.4))
@@ -122,11 +129,15 @@ def plot_training_heatmaps(
 
 @dataclass(frozen=True)
 class _Grids:
-    """Values of one metric by component, shape (layers, checkpoints) each; NaN = not scored."""
+    """Values of one metric by component, shape (layers, checkpoints) each; NaN = not scored, or left out.
+
+    Of the checkpoints `n_repeats` are left out for repeating the weights of another.
+    """
 
     metric: Metric
     scale: TrainingScale
     by_component: dict[str, Array]
+    n_repeats: int
 
     @property
     def n_layers(self) -> int:
@@ -150,7 +161,8 @@ class _Grids:
         return parts
 
 
-def _grids(scores: pl.DataFrame, metric: str, components: tuple[str, ...]) -> _Grids:
+def _grids(scores: pl.DataFrame, metric: str, components: tuple[str, ...], duplicates: pl.DataFrame | None) -> _Grids:
+    scores = blank_duplicates(scores, duplicates)
     kind = layer_metric(metric)
     values = metric_values(scores, metric)
     scale = training_scale(training_axis(scores))
@@ -161,7 +173,7 @@ def _grids(scores: pl.DataFrame, metric: str, components: tuple[str, ...]) -> _G
         grid = np.full((n_layers, scale.values.size), np.nan)
         grid[rows["layer"].to_numpy(), rows["order"].to_numpy()] = rows["value"].to_numpy()
         grids[component] = grid
-    return _Grids(kind, scale, grids)
+    return _Grids(kind, scale, grids, 0 if duplicates is None else duplicates.height)
 
 
 def _both_limits(grids: _Grids, limits: Limits | None, first_layer: Limits | None) -> tuple[Limits, Limits]:
@@ -201,8 +213,7 @@ def _draw(
     for k in range(scale.n_placed, scale.values.size):  # nothing is missing in front of what has no step
         along(scale.ends[k - 1], scale.starts[k], color="white", linewidth=0)
 
-    n_holes = shown.count(None) - (scale.values.size - scale.n_placed)
-    dress_training(ax, scale, training, note="hatched: not scored" if n_holes or np.isnan(grid).any() else "")
+    dress_training(ax, scale, training, note=_hatched(grids, grid, shown))
     side = ax.yaxis if training == "x" else ax.xaxis
     side.set_major_locator(FixedLocator(ticks))
     side.set_major_formatter(FixedFormatter(names))
@@ -210,6 +221,18 @@ def _draw(
     side.set_label_text("layer")
     (ax.set_ylim if training == "x" else ax.set_xlim)(low, n_layers - 0.5)
     return meshes
+
+
+def _hatched(grids: _Grids, grid: Array, shown: Sequence[int | None]) -> str:
+    """What hatched cells mean; nothing if there are none."""
+    n_holes = shown.count(None) - (grids.scale.values.size - grids.scale.n_placed)
+    n_blank = int(np.isnan(grid).all(axis=0).sum())
+    reasons = []
+    if n_holes or n_blank > grids.n_repeats or np.isnan(grid).any(axis=0).sum() > n_blank:
+        reasons.append("not scored")
+    if grids.n_repeats:
+        reasons.append("repeats other weights")
+    return f"hatched: {' or '.join(reasons)}" if reasons else ""
 
 
 def _colorbars(figure: Figure | SubFigure, axes: Sequence[Axes], meshes: Sequence[QuadMesh], grids: _Grids) -> None:

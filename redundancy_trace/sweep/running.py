@@ -239,13 +239,13 @@ def _with_commits(listing: Listing, remembered: dict[Any, str], revisions: str) 
 
 def _draw(run: "Run", listing: Listing, calibration: str, reporter: Reporter) -> tuple[Path, ...]:
     """Draw the figures, unless what they show is what it was when all of them were drawn."""
-    from redundancy_trace.store import finished_parts, read_scores, write_json
+    from redundancy_trace.store import finished_parts, read_duplicates, read_scores, write_json
 
     folder = run.folder / "figures"
     mark = folder / ".drawn.json"
     shown = {
         "scores": sorted(finished_parts(run.folder)),
-        "checkpoints": [[checkpoint.name, checkpoint.commit, checkpoint.tokens] for checkpoint in listing],
+        "checkpoints": [[c.name, c.commit, c.tokens, c.duplicate_of or c.partial_duplicate_of] for c in listing],
         "tokens_per_step": run.tokens_per_step,
         "calibration": calibration,
     }
@@ -260,6 +260,10 @@ def _draw(run: "Run", listing: Listing, calibration: str, reporter: Reporter) ->
     from redundancy_trace.figures import draw_figures
 
     reporter.line("Drawing the figures …")
-    files = tuple(draw_figures(one_calibration(read_scores(run.folder), calibration), folder))
+    files = tuple(
+        draw_figures(
+            one_calibration(read_scores(run.folder), calibration), folder, duplicates=read_duplicates(run.folder)
+        )
+    )
     write_json(mark, {"shown": shown, "files": [file.name for file in files]})
     return files
