@@ -14,6 +14,7 @@ from typing import Literal
 from redundancy_trace.checkpoints import Checkpoint, needed_files, raw_state, weight_files
 from redundancy_trace.errors import CheckpointError, InputError
 from redundancy_trace.hub import Hub, RemoteFolder, RepoFile, Stopped, may_pass
+from redundancy_trace.locking import try_lock
 
 _TURN_SECONDS = 0.2
 
@@ -271,7 +272,7 @@ def _claim(into: Path) -> _Claim:
         folder = into if number == 1 else into.with_name(f"{into.name}-{number}")
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            descriptor = _lock(folder)
+            descriptor = try_lock(folder)
         except OSError:  # a file system without locks: nobody else's files can be told from those of the dead
             folder = into.with_name(f"{into.name}-{uuid.uuid4().hex[:8]}")
             folder.mkdir(parents=True)
@@ -279,33 +280,6 @@ def _claim(into: Path) -> _Claim:
         if descriptor is not None:
             return _Claim(folder, descriptor)
         number += 1
-
-
-def _lock(folder: Path) -> int | None:
-    """Lock a folder; None if another process has it, or has just deleted it.
-
-    Raises:
-        OSError: Folders cannot be locked here.
-    """
-    try:
-        import fcntl
-    except ImportError as error:
-        raise OSError("no locks on this system") from error
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except FileNotFoundError:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if folder.stat().st_ino == os.fstat(descriptor).st_ino:
-            return descriptor
-    except (BlockingIOError, FileNotFoundError):
-        pass
-    except OSError:
-        os.close(descriptor)
-        raise
-    os.close(descriptor)
-    return None
 
 
 def _size(files: Sequence[RepoFile]) -> int:

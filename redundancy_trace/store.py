@@ -17,6 +17,7 @@ from typing import Any
 import polars as pl
 
 from redundancy_trace.errors import InputError
+from redundancy_trace.locking import alone_in
 from redundancy_trace.metrics import Distance, ModelScores, Value, metric_versions
 from redundancy_trace.versions import library_versions
 from redundancy_trace.writing import part_of, remove_stray_parts, write_whole
@@ -224,23 +225,25 @@ def write_run(run: Run, settings: Mapping[str, Any]) -> Run:
     Returns:
         The run with the calibrations, too, that another process has meanwhile put on record.
     """
-    recorded = current.calibrations if (current := read_run(run.folder)) else ()
-    known = {record.sha256 for record in recorded}
-    added = tuple(record for record in run.calibrations if record.sha256 not in known)
-    run = replace(run, calibrations=(*recorded, *added))
-    write_json(
-        run.folder / "settings.json",
-        {
-            "model": run.model,
-            "dtype": run.dtype,
-            "trust_remote_code": run.trust_remote_code,
-            "tokens_per_step": run.tokens_per_step,
-            "calibrations": [vars(record) for record in run.calibrations],
-            "metric_versions": dict(run.metric_versions),
-            "settings": dict(settings),
-            "versions": library_versions(),
-        },
-    )
+    run.folder.mkdir(parents=True, exist_ok=True)
+    with alone_in(run.folder):  # else one of two processes that add a calibration each would undo the other
+        recorded = current.calibrations if (current := read_run(run.folder)) else ()
+        known = {record.sha256 for record in recorded}
+        added = tuple(record for record in run.calibrations if record.sha256 not in known)
+        run = replace(run, calibrations=(*recorded, *added))
+        write_json(
+            run.folder / "settings.json",
+            {
+                "model": run.model,
+                "dtype": run.dtype,
+                "trust_remote_code": run.trust_remote_code,
+                "tokens_per_step": run.tokens_per_step,
+                "calibrations": [vars(record) for record in run.calibrations],
+                "metric_versions": dict(run.metric_versions),
+                "settings": dict(settings),
+                "versions": library_versions(),
+            },
+        )
     return run
 
 

@@ -18,6 +18,7 @@ ORDER = (
     "errors",
     "versions",
     "writing",
+    "locking",
     "metrics",
     "settings",
     "progress",
@@ -37,7 +38,7 @@ ORDER = (
     "cli",
 )
 # What runs on a laptop from a folder that a cluster wrote.
-LIGHT = ("errors", "versions", "writing", "metrics", "settings", "store", "analysis", "figures")
+LIGHT = ("errors", "versions", "writing", "locking", "metrics", "settings", "store", "analysis", "figures")
 
 
 def files_of(module):

@@ -227,7 +227,7 @@ def test_tokens_per_step_may_be_given_and_changed_later(tiny_run, tmp_path, no_f
 def test_figures_are_drawn_when_what_they_show_has_changed(tiny_run, tmp_path, monkeypatch):
     out, drawn = tmp_path / "run", []
 
-    def draw(scores, folder, *_):
+    def draw(scores, folder, *_, **__):
         drawn.append(scores["step"].n_unique())
         if fault:
             raise fault.pop()
@@ -444,6 +444,35 @@ def test_killed_at_any_moment_and_run_again_gives_the_same_table(loopback_hub, t
     assert_frame_equal(rt.read_scores(out), rt.read_scores(tmp_path / "whole"), check_exact=True)
     assert_frame_equal(read_distances(out), read_distances(tmp_path / "whole"), check_exact=True)
     assert not (out / ".fetched").exists()
+
+
+@pytest.mark.parametrize("waiting", ["download", "back-off"])
+def test_interrupted_it_ends_at_once_and_goes_on(loopback_hub, tiny_run, tmp_path, no_figures, sweeps, waiting):
+    """Ctrl-C while bytes trickle in, or while a busy server is waited for."""
+    hub, out = loopback_hub, tmp_path / "run"
+    hub.add_repo("me/model", revisions=branches(tiny_run))
+    ids = token_file(tmp_path / "ids.npy")
+    arguments = ["--model", "me/model", "--endpoint", hub.url, "--out", str(out), "--calibration", ids, *SHAPE]
+    if waiting == "download":
+        hub.fault("*/model.safetensors", bytes_per_second=8_000, times=9)
+    else:
+        hub.fault("*/model.safetensors", status=503, retry_after=60, times=9)
+    pid = sweeps.start(*arguments, "--fetch", "file", told=tmp_path / "told")
+    deadline = time.monotonic() + 30
+    while not hub.count("GET", "*/model.safetensors") and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(1.5)
+    started = time.monotonic()
+    os.kill(pid, signal.SIGINT)
+    assert sweeps.wait(pid) == 130, (tmp_path / "told").read_text()
+    assert time.monotonic() - started < 10
+    assert "Give the same command again to go on" in (tmp_path / "told").read_text()
+    kept = list(out.rglob("model.safetensors.part"))
+    assert len(kept) == (waiting == "download"), "what has arrived stays"
+    hub.faults.clear()
+    assert sweeps.wait(sweeps.start(*arguments, told=tmp_path / "told")) == 0, (tmp_path / "told").read_text()
+    assert len(rt.read_scores(out)["revision"].unique()) == len(STEPS)
+    assert not leftovers(out)
 
 
 def test_two_processes_on_one_run(loopback_hub, tiny_run, tmp_path, no_figures, sweeps):

@@ -122,6 +122,13 @@ class PartialFile:
         self._data.close()
         self._ledger.close()
 
+    def leave(self) -> None:
+        """Close the files, and delete them if nothing has arrived."""
+        self.close()
+        if not self.present():
+            self._data_path.unlink(missing_ok=True)
+            self._done_path.unlink(missing_ok=True)
+
     def _kept(self) -> list[int] | None:
         """How far each part is, if what is there belongs to this file."""
         try:

@@ -85,7 +85,7 @@ def download_files(
             transfers = []
             for file, remote, target in missing:
                 partial = PartialFile(target, file)
-                opened.callback(partial.close)
+                opened.callback(partial.leave)
                 transfers.append(_Transfer(remote, partial, meter))
             _fetch_parts(transfers, meter)
             missing = []
