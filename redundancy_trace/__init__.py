@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from redundancy_trace.analysis import leave_out_duplicates
     from redundancy_trace.checkpoints import list_checkpoints
     from redundancy_trace.errors import CheckpointError, InputError, TraceError
     from redundancy_trace.figures import draw_figures, plot_depth, plot_heatmap, plot_loss, plot_training_heatmaps
@@ -20,6 +21,7 @@ _HOMES = {
     "InputError": "errors",
     "TraceError": "errors",
     "draw_figures": "figures",
+    "leave_out_duplicates": "analysis",
     "list_checkpoints": "checkpoints",
     "plot_depth": "figures",
     "plot_heatmap": "figures",
@@ -37,6 +39,7 @@ __all__ = [
     "InputError",
     "TraceError",
     "draw_figures",
+    "leave_out_duplicates",
     "list_checkpoints",
     "plot_depth",
     "plot_heatmap",

@@ -196,10 +196,11 @@ def _say(text: str) -> None:
 
 
 def _summary(result: "SweepResult") -> "pl.DataFrame":
-    from redundancy_trace.analysis import one_calibration, training_summary
-    from redundancy_trace.store import read_scores
+    from redundancy_trace.analysis import mark_repeats, one_calibration, training_summary
+    from redundancy_trace.store import read_duplicates, read_scores
 
-    return training_summary(one_calibration(read_scores(result.folder), result.calibration))
+    summary = training_summary(one_calibration(read_scores(result.folder), result.calibration))
+    return mark_repeats(summary, read_duplicates(result.folder))
 
 
 def _result_as_json(result: "SweepResult") -> dict[str, Any]:
@@ -242,9 +243,14 @@ def _print_result(result: "SweepResult") -> None:
             row["revision"],
             _number(row["tokens" if has_tokens else "step"]),
             *(_decimal(row[name]) for name in ("attn", "mlp", "block", "loss")),
+            _repeated(row["duplicate_of"], partial=row["partial"]),
         ]
         for row in rows
     ]
+    if any(row["duplicate_of"] for row in rows):
+        columns.append("duplicate of")
+    else:
+        cells = [cell[:-1] for cell in cells]
     typer.echo(
         f"Mean importance 1 - cos over all layers (0 = redundant), loss in nats per token, on {result.calibration}:"
     )
@@ -269,7 +275,9 @@ def _print_listing(listing: "Listing") -> None:
             _number(checkpoint.bytes),
             checkpoint.format or "",
             checkpoint.kind,
-            checkpoint.duplicate_of or (f"partly {checkpoint.partial_duplicate_of}" if checkpoint.repeats else ""),
+            _repeated(
+                checkpoint.duplicate_of or checkpoint.partial_duplicate_of, partial=checkpoint.duplicate_of is None
+            ),
         ]
         for checkpoint in listing
     ]
@@ -291,6 +299,10 @@ def _print_table(columns: list[str], cells: list[list[str]]) -> None:
                 for cell, width, name in zip(row, widths, columns, strict=True)
             ).rstrip()
         )
+
+
+def _repeated(name: str | None, *, partial: bool | None) -> str:
+    return "" if name is None else f"partly {name}" if partial else name
 
 
 def _number(value: int | None) -> str:

@@ -365,22 +365,27 @@ def read_duplicates(folder: str | Path) -> pl.DataFrame:
 
     Returns:
         One row a checkpoint, in training order, whether it was scored or not: `revision`, `commit`, `stage`,
-        `ingredient`, `seed`, `step`, `tokens`, `duplicate_of` (the revision whose weights it has) and `partial`
-        (whether it shares only some of its weight files). Those whose names tell no place in training are left out.
+        `ingredient`, `seed`, `step`, `tokens` (as in `read_scores`), `duplicate_of` (the revision whose weights it has)
+        and `partial` (whether it shares only some of its weight files). No rows without a listing.
+
+    Raises:
+        InputError: If the run's `settings.json` cannot be read.
     """
+    folder = Path(folder).expanduser()
     names = ("revision", "commit", "stage", "ingredient", "seed", "step", "tokens")
     schema = {name: SCORE_SCHEMA[name] for name in names} | {"duplicate_of": pl.String, "partial": pl.Boolean}
     try:
-        listed = json.loads((Path(folder) / "listing.json").read_text(encoding="utf-8"))["checkpoints"]
+        listed = json.loads((folder / "listing.json").read_text(encoding="utf-8"))["checkpoints"]
         rows = [
             (c["name"], *(c[name] for name in names[1:]), whole or part, whole is None)
             for c in listed
-            if ((whole := c["duplicate_of"]) or (part := c["partial_duplicate_of"]))
-            and (c["step"] is not None or c["tokens"] is not None)
+            if (whole := c["duplicate_of"]) or (part := c["partial_duplicate_of"])
         ]
     except (OSError, ValueError, KeyError, TypeError):
         rows = []
-    return pl.DataFrame(rows, schema=schema, orient="row")
+    run = read_run(folder)
+    frame = pl.DataFrame(rows, schema=schema, orient="row")
+    return frame.with_columns(tokens=pl.coalesce("tokens", pl.col("step") * (run.tokens_per_step if run else None)))
 
 
 def write_json(path: Path, content: Any) -> None:

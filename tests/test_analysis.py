@@ -4,10 +4,15 @@ import pytest
 from fake_scores import PYTHIA_STEPS, fake_scores
 from hypothesis import given
 from hypothesis import strategies as st
+from polars.testing import assert_frame_equal
 
 from redundancy_trace.analysis import (
+    CHECKPOINT_COLUMNS,
+    blank_duplicates,
     checkpoint_order,
     is_log_spaced,
+    leave_out_duplicates,
+    mark_repeats,
     metric_values,
     one_calibration,
     training_axis,
@@ -221,3 +226,65 @@ def test_summary_of_one_layer_has_no_inner_mean():
     summary = training_summary(fake_scores([0], n_layers=1))
     assert summary["attn_inner"].to_list() == [None]
     assert summary["attn"].null_count() == 0
+
+
+# --- duplicates -----------------------------------------------------------------------------------------------------
+
+
+def repeating(*rows):
+    """What `read_duplicates` gives: revision, commit, stage, step of each."""
+    schema = {"revision": pl.String, "commit": pl.String, "stage": pl.Int64, "step": pl.Int64}
+    more = {"duplicate_of": "main", "partial": False, "seed": None, "ingredient": None, "tokens": None}
+    columns = [*CHECKPOINT_COLUMNS, "duplicate_of", "partial"]
+    kinds = {"seed": pl.String, "ingredient": pl.Int64, "tokens": pl.Int64, "duplicate_of": pl.String}
+    frame = pl.DataFrame(rows, schema=schema, orient="row")
+    return frame.with_columns(pl.lit(v, kinds.get(k)).alias(k) for k, v in more.items()).select(columns)
+
+
+def test_curves_leave_out_what_repeats_at_the_commit_that_was_scored():
+    scores = fake_scores([0, 1, 2, 4])
+    commit = scores.filter(pl.col("step") == 1)["commit"][0]
+    left_out = leave_out_duplicates(scores, repeating(("step1", commit, None, 1), ("step2", "f" * 40, None, 2)))
+    assert left_out["step"].unique().sort().to_list() == [0, 2, 4], "step2 was scored before it was replaced"
+    assert_frame_equal(left_out, scores.filter(pl.col("step") != 1))
+    assert leave_out_duplicates(scores, None) is scores
+    assert leave_out_duplicates(scores, repeating()) is scores
+    nameless = scores.drop("commit")
+    assert set(leave_out_duplicates(nameless, repeating(("step1", commit, None, 1)))["step"]) == {0, 2, 4}
+
+
+def test_gaps_stand_where_their_names_say_in_the_series_that_is_shown():
+    scores = fake_scores([0, 1000, 3000], stages=[1, 1, 1], names=["stage1-step0", "step1000", "stage1-step3000"])
+    duplicates = repeating(
+        ("stage1-step2000", "a" * 40, 1, 2000),
+        ("step2500", "b" * 40, None, 2500),
+        ("stage1-step1000", "c" * 40, 1, 1000),
+        ("stage2-step2000", "d" * 40, 2, 2000),
+        ("longctx-step2000", "e" * 40, None, 2000),
+        ("main", "f" * 40, None, None),
+    )
+    blanked = blank_duplicates(scores, duplicates)
+    order = checkpoint_order(blanked)["revision"].to_list()
+    assert order == ["stage1-step0", "step1000", "stage1-step2000", "step2500", "stage1-step3000"]
+    assert training_axis(blanked).values == (0, 1000, 2000, 2500, 3000)
+    assert blanked.filter(pl.col("value").is_null())["revision"].unique().sort().to_list() == [
+        "stage1-step2000", "step2500"
+    ]  # fmt: skip
+    assert blanked.height == scores.height // 3 * 5, "each has every layer, component and metric"
+
+
+def test_a_scored_duplicate_without_a_step_keeps_its_place_behind_the_others():
+    scores = fake_scores([0, 1000, None], names=["step0", "step1000", "main"])
+    commit = scores.filter(pl.col("revision") == "main")["commit"][0]
+    blanked = blank_duplicates(scores, repeating(("main", commit, None, None)))
+    assert checkpoint_order(blanked)["revision"].to_list() == ["step0", "step1000", "main"]
+    assert blanked.filter(pl.col("revision") == "main")["value"].null_count() == scores.height // 3
+
+
+def test_a_table_says_what_repeats():
+    summary = training_summary(fake_scores([0, 1, 2]))
+    commit = summary["commit"][1]
+    marked = mark_repeats(summary, repeating(("step1", commit, None, 1), ("step2", "f" * 40, None, 2)))
+    assert marked["duplicate_of"].to_list() == [None, "main", None]
+    assert marked["partial"].to_list() == [None, False, None]
+    assert_frame_equal(marked.drop("duplicate_of", "partial"), summary)

@@ -24,7 +24,7 @@ from redundancy_trace.figures import (
     plot_loss,
     plot_training_heatmaps,
 )
-from redundancy_trace.figures.style import beyond, colour_limits, layer_ticks, model_name, shortened
+from redundancy_trace.figures.style import REPEATED, beyond, colour_limits, layer_ticks, model_name, shortened
 from redundancy_trace.figures.training import cell_bounds, mesh_columns, tick_label, training_scale, training_ticks
 from redundancy_trace.metrics import IMPORTANCE, METRICS
 
@@ -277,26 +277,77 @@ def test_what_was_not_scored_is_hatched_and_said():
 
 def repeats(steps):
     """What `read_duplicates` gives, of checkpoints at these steps."""
-    rows = [(f"step{step}", f"{step:040x}", step, "main", False) for step in steps]
+    rows = [(f"step{step}", None, step, "main", False) for step in steps]
     schema = {"revision": pl.String, "commit": pl.String, "step": pl.Int64, "duplicate_of": pl.String, "partial": bool}
     return pl.DataFrame(rows, schema=schema, orient="row")
 
 
+def hatched(ax):
+    """Start and end along x of each stretch that is drawn as repeating other weights."""
+    patches = [part for part in ax.patches if part.get_hatch() == REPEATED["hatch"]]
+    return [(part.get_x(), part.get_x() + part.get_width()) for part in patches]
+
+
 def test_what_repeats_other_weights_is_hatched_in_its_place_scored_or_not(tmp_path):
-    scores = fake_scores([0, 1000, 2000, 3000, 5000])
+    scores = fake_scores([0, 1000, 2000, 3000, 5000, 6000])
     duplicates = repeats([2000, 4000])
     ax = plot_heatmap(scores, component="mlp", duplicates=duplicates)
-    assert "hatched: repeats other weights" in ax.get_xlabel()
-    body = next(c for c in ax.collections if isinstance(c, QuadMesh))
-    cells = np.ma.getmaskarray(body.get_array())
-    assert cells.all(axis=0).tolist() == [False, False, True, False, True, False]
+    assert hatched(ax) == [(1500, 2500), (3500, 4500)]
+    assert ax.get_xlabel() == "optimizer steps", "nothing is missing"
+    (legend,) = ax.get_figure(root=True).legends
+    assert [text.get_text() for text in legend.get_texts()] == ["repeats other weights"]
+    assert np.isnan(shown(ax)).all(axis=0).tolist() == [False, False, True, False, True, False, False]
     draw_figures(scores, tmp_path, formats=["png"], duplicates=duplicates)
     table = pl.read_csv(tmp_path / "importance.csv").filter((pl.col("component") == "mlp") & (pl.col("layer") == 1))
-    assert table["step"].to_list() == [0, 1000, 2000, 3000, 4000, 5000]
-    assert table["duplicate_of"].to_list() == [None, None, "main", None, "main", None]
-    assert table["value"].is_null().to_list() == [False, False, True, False, True, False]
+    assert table["step"].to_list() == [0, 1000, 2000, 3000, 4000, 5000, 6000]
+    assert table["duplicate_of"].to_list() == [None, None, "main", None, "main", None, None]
+    assert table["partial"].to_list() == [None, None, False, None, False, None, None]
+    assert table["value"].is_null().to_list() == [False, False, True, False, True, False, False]
     assert 2000 not in pl.read_csv(tmp_path / "loss.csv")["step"].to_list()
     assert 2000 not in pl.read_csv(tmp_path / "similarity-depth.csv")["step"].to_list()
+
+
+def test_neighbours_that_repeat_other_weights_are_one_stretch():
+    scores = fake_scores([0, 1000, 5000, 6000, 8000, 9000])
+    ax = plot_heatmap(scores, duplicates=repeats([2000, 3000, 4000]))
+    assert hatched(ax) == [(1500, 4500)]
+    assert "hatched: not scored" in ax.get_xlabel(), "step 7000 is"
+    across = plot_heatmap(scores, duplicates=repeats([2000, 3000, 4000]), training="y")
+    (patch,) = [part for part in across.patches if part.get_hatch() == REPEATED["hatch"]]
+    assert (patch.get_y(), patch.get_height()) == (1500, 3000)
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.lists(st.integers(1, 40), min_size=2, max_size=20, unique=True), st.data())
+def test_stretches_cover_what_repeats_and_nothing_that_is_shown(steps, data):
+    left_out = data.draw(st.lists(st.sampled_from(steps), max_size=len(steps) - 1, unique=True))
+    scores = fake_scores([0, *steps], n_layers=2, loss=False)
+    duplicates = repeats(left_out)
+    scale = training_scale(training_axis(scores))
+    found = hatched(plot_heatmap(scores.filter(~pl.col("step").is_in(left_out)), duplicates=duplicates))
+    assert len(found) <= len(left_out)
+    for name, value in zip(scale.axis.revisions, scale.values, strict=True):
+        inside = [low for low, high in found if low < value < high]
+        assert len(inside) == (name in duplicates["revision"].to_list())
+
+
+def test_the_legend_of_axes_of_ones_own_is_theirs_and_stands_beside_the_title():
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.5), layout="constrained")
+    plot_heatmap(fake_scores([0, 1000, 3000, 4000]), ax=axes[0], duplicates=repeats([2000]))
+    plot_heatmap(fake_scores([0, 1000, 3000, 4000]), ax=axes[1])
+    figure.canvas.draw()
+    assert axes[0].get_legend() is not None
+    assert axes[1].get_legend() is None
+    assert axes[0].get_title(loc="left") == "Attention"
+    title = axes[0]._left_title.get_window_extent()
+    assert not title.overlaps(axes[0].get_legend().get_window_extent())
+    plt.close(figure)
+    panels = plot_training_heatmaps(fake_scores([0, 1000, 3000, 4000]), duplicates=repeats([2000]))
+    FigureCanvasAgg(panels).draw()
+    (legend,) = panels.legends
+    assert not panels._suptitle.get_window_extent().overlaps(legend.get_window_extent())
+    assert [len(hatched(ax)) for ax in panels.axes[:3]] == [1, 1, 1]
+    assert not plot_training_heatmaps(fake_scores([0, 1000]), duplicates=repeats([])).legends
 
 
 def test_duplicates_alone_are_shown_all_the_same():

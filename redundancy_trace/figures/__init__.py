@@ -45,7 +45,7 @@ class FigureKind:
     def numbers(self, scores: pl.DataFrame, duplicates: pl.DataFrame | None = None) -> pl.DataFrame:
         """What the figure shows, one row a value; `position` is where the checkpoint stands on the axis."""
         scores = (blank_duplicates if self.shows_gaps else leave_out_duplicates)(scores, duplicates)
-        repeats = pl.DataFrame(schema={"revision": pl.String, "duplicate_of": pl.String})
+        repeats = pl.DataFrame(schema={"revision": pl.String, "duplicate_of": pl.String, "partial": pl.Boolean})
         if duplicates is not None:
             repeats = duplicates.select(repeats.columns)
         axis: Axis = training_axis(scores)
@@ -61,7 +61,7 @@ class FigureKind:
             .select(
                 "model", "revision", "commit", "stage", "ingredient", "seed", "step", "tokens", "position_of",
                 "position", "component", "layer", "metric", "value", "stderr",
-                "duplicate_of",
+                "duplicate_of", "partial",
             )
         )  # fmt: skip
 

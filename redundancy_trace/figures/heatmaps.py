@@ -10,12 +10,21 @@ import polars as pl
 from matplotlib.axes import Axes
 from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.patches import Patch
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
+from numpy.typing import NDArray
 
-from redundancy_trace.analysis import blank_duplicates, metric_values, training_axis
+from redundancy_trace.analysis import (
+    blank_duplicates,
+    checkpoint_order,
+    leave_out_duplicates,
+    metric_values,
+    training_axis,
+)
 from redundancy_trace.figures.style import (
     NOT_SCORED,
     PAGE_WIDTH,
+    REPEATED,
     Array,
     Limits,
     PaperFigure,
@@ -37,6 +46,7 @@ from redundancy_trace.metrics import COMPONENTS, Metric
 
 # Thickness of the strip of layer 0 and of the gap beside it, as a share of that of all other layers.
 STRIP, GAP = 0.09, 0.03
+REPEATS = "repeats other weights"
 
 
 def plot_heatmap(
@@ -66,7 +76,8 @@ def plot_heatmap(
             left out: then an arrow on the colour bar says up to where they reach.
         first_layer_limits: The same for layer 0.
         colorbar: Whether to draw the colour bars.
-        duplicates: Checkpoints that repeat another's weights, as `read_duplicates` gives them: hatched in their places.
+        duplicates: Checkpoints that repeat another's weights, as `read_duplicates` gives them: grey and hatched, at the
+            places that their names claim, whatever scores they have.
 
     Returns:
         The axes of layers 1 and up (of layer 0 where there is no other).
@@ -78,6 +89,8 @@ def plot_heatmap(
     with axes_or_new(ax, height=2.8) as on:
         meshes = _draw(on, grids, component, training, *_both_limits(grids, limits, first_layer_limits))
         on.set_title(title(scores, f"{component_label(component)}") if ax is None else component_label(component))
+        if grids.repeats.any():
+            _name_repeats(on, own=ax is None)
         if colorbar and on.figure is not None:
             _colorbars(on.figure, [on], meshes, grids)
         return on
@@ -123,6 +136,8 @@ def plot_training_heatmaps(
             ax.tick_params(axis="y", labelleft=ax is panels[0])
         figure.supxlabel(x_label, fontsize="medium")
         _colorbars(figure, panels, meshes, grids)
+        if grids.repeats.any():
+            figure.legend(handles=[_repeats_handle()], loc="outside upper right", frameon=False, fontsize="small")
         figure.suptitle(title(scores, over_training(grids.scale, layer_metric(metric).name.replace("_", " "))))
         return figure
 
@@ -131,13 +146,13 @@ def plot_training_heatmaps(
 class _Grids:
     """Values of one metric by component, shape (layers, checkpoints) each; NaN = not scored, or left out.
 
-    Of the checkpoints `n_repeats` are left out for repeating the weights of another.
+    Left out are those that `repeats`, shape (checkpoints,), says repeat the weights of another.
     """
 
     metric: Metric
     scale: TrainingScale
     by_component: dict[str, Array]
-    n_repeats: int
+    repeats: NDArray[np.bool_]
 
     @property
     def n_layers(self) -> int:
@@ -162,6 +177,7 @@ class _Grids:
 
 
 def _grids(scores: pl.DataFrame, metric: str, components: tuple[str, ...], duplicates: pl.DataFrame | None) -> _Grids:
+    names = leave_out_duplicates(scores, duplicates)["revision"].unique()
     scores = blank_duplicates(scores, duplicates)
     kind = layer_metric(metric)
     values = metric_values(scores, metric)
@@ -173,7 +189,8 @@ def _grids(scores: pl.DataFrame, metric: str, components: tuple[str, ...], dupli
         grid = np.full((n_layers, scale.values.size), np.nan)
         grid[rows["layer"].to_numpy(), rows["order"].to_numpy()] = rows["value"].to_numpy()
         grids[component] = grid
-    return _Grids(kind, scale, grids, 0 if duplicates is None else duplicates.height)
+    repeats = ~checkpoint_order(scores)["revision"].is_in(names.implode())
+    return _Grids(kind, scale, grids, repeats.to_numpy())
 
 
 def _both_limits(grids: _Grids, limits: Limits | None, first_layer: Limits | None) -> tuple[Limits, Limits]:
@@ -199,6 +216,8 @@ def _draw(
         return ax.pcolormesh(x, y, colours, cmap=colour, vmin=limits[0], vmax=limits[1], rasterized=True)
 
     across, along = (ax.axhspan, ax.axvspan) if training == "x" else (ax.axvspan, ax.axhspan)
+    for start, end in _stretches(grids):
+        along(start, end, linewidth=0, snap=False, zorder=1.1, **REPEATED)  # above the cells, or thin ones are lost
     n_layers, ticks, names = grids.n_layers, [0.0], ["0"]
     if n_layers == 1:
         meshes, low = [draw(np.array([-0.5, 0.5]), cells, limits, first=True)], -0.5
@@ -207,13 +226,15 @@ def _draw(
         width, gap = STRIP * (n_layers - 1), GAP * (n_layers - 1)
         high, low = 0.5 - gap, 0.5 - gap - width
         meshes.append(draw(np.array([low, high]), cells[:1], first_layer, first=True))
-        across(high, 0.5, facecolor="white", edgecolor="black", linewidth=mpl.rcParams["axes.linewidth"])
+        across(high, 0.5, facecolor="white", edgecolor="black", linewidth=mpl.rcParams["axes.linewidth"], zorder=1.2)
         layers = layer_ticks(1, n_layers - 1)
         ticks, names = [(low + high) / 2, *map(float, layers)], ["0", *map(str, layers)]
     for k in range(scale.n_placed, scale.values.size):  # nothing is missing in front of what has no step
         along(scale.ends[k - 1], scale.starts[k], color="white", linewidth=0)
 
-    dress_training(ax, scale, training, note=_hatched(grids, grid, shown))
+    n_holes = shown.count(None) - (scale.values.size - scale.n_placed)
+    missing = n_holes > 0 or np.isnan(grid[:, ~grids.repeats]).any()
+    dress_training(ax, scale, training, note="hatched: not scored" if missing else "")
     side = ax.yaxis if training == "x" else ax.xaxis
     side.set_major_locator(FixedLocator(ticks))
     side.set_major_formatter(FixedFormatter(names))
@@ -223,16 +244,33 @@ def _draw(
     return meshes
 
 
-def _hatched(grids: _Grids, grid: Array, shown: Sequence[int | None]) -> str:
-    """What hatched cells mean; nothing if there are none."""
-    n_holes = shown.count(None) - (grids.scale.values.size - grids.scale.n_placed)
-    n_blank = int(np.isnan(grid).all(axis=0).sum())
-    reasons = []
-    if n_holes or n_blank > grids.n_repeats or np.isnan(grid).any(axis=0).sum() > n_blank:
-        reasons.append("not scored")
-    if grids.n_repeats:
-        reasons.append("repeats other weights")
-    return f"hatched: {' or '.join(reasons)}" if reasons else ""
+def _stretches(grids: _Grids) -> list[tuple[float, float]]:
+    """Start and end of what repeats other weights, neighbours together: thin cells would not show their hatching."""
+    scale = grids.scale
+    starts, ends = scale.spread(scale.starts), scale.spread(scale.ends)
+    apart = 1e-6 * (ends[-1] - starts[0])
+    found: list[tuple[float, float]] = []
+    for k in np.flatnonzero(grids.repeats):
+        joined = k > 0 and grids.repeats[k - 1] and starts[k] - ends[k - 1] <= apart
+        start = found.pop()[0] if joined else float(scale.starts[k])
+        found.append((start, float(scale.ends[k])))
+    return found
+
+
+def _repeats_handle() -> Patch:
+    return Patch(**REPEATED, linewidth=0, label=REPEATS)
+
+
+def _name_repeats(ax: Axes, *, own: bool) -> None:
+    """The legend of one heatmap: below it in a figure of its own, else in the corner above the axes that were given."""
+    style: dict[str, Any] = {"handles": [_repeats_handle()], "frameon": False, "fontsize": "small"}
+    figure = ax.get_figure(root=True)
+    if own and figure is not None:
+        figure.legend(loc="outside lower center", **style)
+        return
+    ax.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.0, **style)
+    ax.set_title(ax.get_title(), loc="left")
+    ax.set_title("")
 
 
 def _colorbars(figure: Figure | SubFigure, axes: Sequence[Axes], meshes: Sequence[QuadMesh], grids: _Grids) -> None:

@@ -59,6 +59,8 @@ FORMATS: dict[str, dict[str, None]] = {
     "svg": {"Date": None, "Creator": None},
 }
 NOT_SCORED = {"facecolor": "0.93", "edgecolor": "0.7", "hatch": "//////"}
+# Darker than the light end of every colour map, and hatched the other way than what was not scored.
+REPEATED: dict[str, Any] = {"facecolor": "0.82", "edgecolor": "0.5", "hatch": "\\\\\\\\\\\\"}
 
 
 @contextmanager
