@@ -1,5 +1,6 @@
 """What a sweep tells before it starts, what it refuses, and how it keeps to its share of the disk."""
 
+import itertools
 import json
 
 import pytest
@@ -52,9 +53,8 @@ def test_what_is_stored_or_cached_is_not_counted(served, size, tmp_path, no_figu
     out = tmp_path / "run"
     assert sweep(served, out, "--revisions", "step0,step1") == 0
     assert sweep(served, out, "--revisions", "all", "--dry-run") == 0
-    assert (
-        capsys.readouterr().out.splitlines()[-1].startswith(f"5 checkpoints (2 scored already), {3 * size / 1e3:.3g}")
-    )
+    told = capsys.readouterr().out.splitlines()[-1]
+    assert told.startswith(f"5 checkpoints (2 scored already), {planning.amount(3 * size)} to move")
     snapshot_download("me/model", revision="step2", endpoint=served.url)
     assert sweep(served, out, "--revisions", "all", "--dry-run", "--json") == 0
     told = json.loads(capsys.readouterr().out)
@@ -151,7 +151,7 @@ def test_every_beginning_is_spread_over_the_whole(count):
     assert sorted(order) == list(range(count))
     for length in range(2, count):
         chosen = sorted(order[:length])
-        gaps = [b - a for a, b in zip(chosen, chosen[1:], strict=False)]
+        gaps = [b - a for a, b in itertools.pairwise(chosen)]
         assert max(gaps) <= 4 * min(gaps) + 2
 
 
@@ -176,6 +176,5 @@ def test_bytes_as_people_write_them():
 def test_sizes_and_times_for_people():
     assert [planning.amount(n) for n in (0, 1500, 15_400_000_000_000)] == ["0 bytes", "1.5 kB", "15.4 TB"]
     plan = planning.SweepPlan(558, 0, 15_400_000_000_000, 55_200_000_000, 125_000_000.0)
-    assert plan.told() == (
-        "558 checkpoints, 15.4 TB to move, at most 55.2 GB on disk at a time, about 34 hours at 125 MB/s as measured now."
-    )
+    moved = "558 checkpoints, 15.4 TB to move, at most 55.2 GB on disk at a time"
+    assert plan.told() == f"{moved}, about 34 hours at 125 MB/s as measured now."
