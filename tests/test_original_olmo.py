@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 from saved_models import CPU, ENGINES, apart, folder, score, state_of
 from transformers import LlamaConfig, LlamaForCausalLM, OlmoConfig, OlmoForCausalLM
 
+import redundancy_trace as rt
+from redundancy_trace import cli
 from redundancy_trace.errors import CheckpointError
 from redundancy_trace.weights import build_empty_model, load_whole_model, open_weights
 from redundancy_trace.weights.files import WeightFiles
@@ -390,3 +392,27 @@ def test_it_is_streamed_from_a_server(loopback_hub, name):
     remote = open_remote_weights(MADE / name, served(loopback_hub, MADE / name, moved.append))
     assert apart(score(MADE / name, ids=ids, weights=remote), score(MADE / name, ids=ids)) == 0
     assert sum(moved) < 1.1 * sum(tensor.numel() * 4 for tensor in stored_in(name).values())
+
+
+def test_a_sweep_over_it(loopback_hub, tmp_path, no_figures):
+    """As allenai/OLMo-7B publishes it: a branch a step, and a config.json that says `olmo`."""
+    steps = {"step0-tokens0B": 0.5, "step1000-tokens4B": 1.0}
+    for name, factor in steps.items():
+        rewritten(
+            "olmo_7b",
+            tmp_path / name,
+            lambda state, factor=factor: {key: tensor * factor for key, tensor in state.items()},
+            model_type="olmo",
+        )
+    loopback_hub.add_repo("allenai/OLMo-7B", revisions={name: tmp_path / name for name in steps})
+    np.save(tmp_path / "ids.npy", recorded("olmo_7b")["token_ids"])
+    arguments = ["--model", "allenai/OLMo-7B", "--revisions", "all", "--endpoint", loopback_hub.url]
+    arguments += ["--calibration", f"tokens:{tmp_path / 'ids.npy'}", "--samples", "2"]
+    frames = []
+    for how in ("file", "stream"):
+        assert cli.run([*arguments, "--fetch", how, "--out", str(tmp_path / how)]) == 0
+        frames.append(rt.read_scores(tmp_path / how))
+    assert frames[0].equals(frames[1])
+    assert frames[0]["tokens"].unique(maintain_order=True).to_list() == [0, 4 * 10**9]
+    alone = rt.score_model(tmp_path / "step1000-tokens4B", recorded("olmo_7b")["token_ids"][:2])
+    assert sorted(frames[0].filter(step=1000)["value"]) == sorted(alone["value"])
