@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from saved_models import CPU, ENGINES, apart, folder, score, state_of
+from saved_models import CPU, ENGINES, apart, folder, refusal, score, state_of
 from transformers import LlamaConfig, LlamaForCausalLM, OlmoConfig, OlmoForCausalLM
 
 import redundancy_trace as rt
@@ -99,17 +99,6 @@ def native_by_hand(name):
 
 
 PARTS = ("att_proj", "attn_out", "ff_proj", "ff_out", "attn_norm", "ff_norm")
-
-
-def refusal(path):
-    """The message of both engines, which must refuse alike."""
-    messages = []
-    for engine in ENGINES:
-        with pytest.raises(CheckpointError) as refused:
-            score(path, engine)
-        messages.append(str(refused.value))
-    assert messages[0] == messages[1]
-    return messages[0]
 
 
 def whole(path):

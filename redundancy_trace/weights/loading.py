@@ -43,8 +43,8 @@ def _config_fields(file: Path) -> Any:
     if not file.is_file():
         raise CheckpointError(f"{file.parent} has no config.json.")
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        return json.loads(file.read_bytes())
+    except (ValueError, RecursionError, OSError) as error:
         raise CheckpointError(f"{file} is no valid JSON: {error}.") from error
 
 
