@@ -465,6 +465,7 @@ def _handler(hub: LoopbackHub) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
         timeout = 30
+        disable_nagle_algorithm = True
         fault: Fault | None = None
 
         def do_GET(self) -> None:

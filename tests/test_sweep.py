@@ -446,6 +446,26 @@ def test_killed_at_any_moment_and_run_again_gives_the_same_table(loopback_hub, t
     assert not (out / ".fetched").exists()
 
 
+@pytest.mark.parametrize("at", ["engine.score_checkpoint", "store.write_part"])
+def test_interrupted_while_it_is_scored_a_checkpoint_is_not_fetched_again(
+    loopback_hub, tiny_run, undisturbed, tmp_path, no_figures, monkeypatch, at
+):
+    hub, out = loopback_hub, tmp_path / "run"
+    hub.add_repo("me/model", revisions=branches(tiny_run))
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"redundancy_trace.{at}", interrupted)
+        assert sweep_hub(hub, out, "--quiet", *PYDOC) == cli.INTERRUPTED
+    assert hub.count("GET", "*/model.safetensors")
+    assert sweep_hub(hub, out, "--quiet", *PYDOC) == 0
+    assert hub.count("GET", f"*/{hub.commit('me/model', 'step0')}/model.safetensors") == 1
+    assert_frame_equal(numbers(rt.read_scores(out)), numbers(undisturbed))
+    assert not leftovers(out)
+
+
 def test_two_processes_on_one_run(loopback_hub, tiny_run, tmp_path, no_figures, sweeps):
     """They start together on a new folder; a third has another calibration, which stays on record."""
     hub = loopback_hub

@@ -109,6 +109,7 @@ class Sweeps:
 
 
 def _serve(run: Path, part_bytes: str) -> None:
+    import importlib
     import os
     import signal
 
@@ -125,6 +126,10 @@ def _serve(run: Path, part_bytes: str) -> None:
     running._draw = lambda *_: ()
     cpu, ids = torch.device("cpu"), np.zeros((1, 8), dtype=np.int64)
     score_checkpoint(run / f"checkpoint-{STEPS[-1]}", ids, device=cpu, dtype=torch.float32)  # imports what others need
+    for name in ("store", "calibration", "calibration.tokenizers", "analysis", "progress", "sweep.pipeline"):
+        importlib.import_module(f"redundancy_trace.{name}")
+    for name in ("rich.progress", "pydoc_data.topics", "tenacity", "httpx2", "polars"):
+        importlib.import_module(name)
     answers = os.dup(1)
     with os.fdopen(answers, "w") as answer:
         print("ready", file=answer, flush=True)

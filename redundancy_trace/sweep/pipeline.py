@@ -43,6 +43,7 @@ def score_all(
     from redundancy_trace.weights import open_remote_weights
 
     device = choose_device(settings.device)
+    let_go = leave if settings.keep else discard
     scored, failures = 0, {}
     with _fetching(settings, listing, run.folder, hub, reporter) as begin:
         ahead = begin(tasks[0])
@@ -74,13 +75,14 @@ def score_all(
                 failures[name] = reason
                 store.write_failure(run.folder, task.labels, reason)
                 reporter.finished(not_scored(name, reason))
-                if fetched is None and number + 1 < len(tasks):
+                if fetched is not None:
+                    let_go(fetched)
+                elif number + 1 < len(tasks):
                     ahead = begin(tasks[number + 1])
                 continue
-            finally:
-                if fetched is not None:
-                    (leave if settings.keep else discard)(fetched)
+            # Stored before its weights go: whatever ends the sweep before that leaves them to be gone on with.
             store.write_part(run.folder, task.labels, scores)
+            let_go(fetched)
             scored += 1
             reporter.finished(f"{name} scored in {time.monotonic() - started:.1f} s")
     return scored, failures
