@@ -27,7 +27,7 @@ from redundancy_trace.store import read_failures, read_scores
 PART_BYTES = 20_000
 _PACE = 2_000_000  # bytes a second of each connection: at once, a killed client's unread bytes would be all there are
 _RATE = 0.2
-_MOST_STARTS = 6
+_MOST_STARTS = 3
 _PATIENCE_SECONDS = 60.0
 _SIGNALS = (signal.SIGKILL, signal.SIGINT, signal.SIGTERM)
 _MOVED = "step2"
@@ -49,6 +49,7 @@ class Round:
         served: Bytes of weights that the Hub sent.
         needed_plain: Bytes in those weight files that met neither a wrong byte nor a whole file for a range.
         served_plain: Bytes sent of them; the others have to be sent again, by design.
+        moved: Whether a branch was moved meanwhile, and back at the end.
         wrong: Whether the table is another than the undisturbed one.
         double: Whether a checkpoint has several parts.
         left_over: Whether something is left that no finished sweep leaves.
@@ -66,6 +67,7 @@ class Round:
     served: int = 0
     needed_plain: int = 0
     served_plain: int = 0
+    moved: bool = False
     wrong: bool = False
     double: bool = False
     left_over: bool = False
@@ -92,7 +94,7 @@ class Rounds:
 
         Args:
             run: Folder of the trained run, as `tiny_runs.RECIPE` has it.
-            folder: Where run folders go; each round's is deleted if nothing was wrong with it.
+            folder: Where run folders go.
         """
         self._run = run
         self._folder = folder
@@ -108,6 +110,7 @@ class Rounds:
             assert code == 0, (folder / "told").read_text()
             self.bytes = sum(body.sent for body in hub.bodies if body.path.endswith("/model.safetensors"))
         self.seconds = time.monotonic() - started
+        self.bytes_of_weights = sum((run / f"checkpoint-{step}" / "model.safetensors").stat().st_size for step in STEPS)
         self._table = numbers(read_scores(folder / "undisturbed"))
 
     def close(self) -> None:
@@ -127,8 +130,8 @@ class Rounds:
             hub.add_repo(name, revisions=branches(self._run))
             commits = {f"step{step}": hub.commit(name, f"step{step}") for step in STEPS}
             hub.chaos(chance, rate=_RATE, kinds=kinds)
-            moving = chance.randrange(_MOST_STARTS) if chance.random() < 0.3 else None
-            for number in range(chance.randrange(2, _MOST_STARTS + 1)):
+            moving = chance.randrange(_MOST_STARTS) if chance.random() < 0.4 else None
+            for number in range(chance.randrange(1, _MOST_STARTS + 1)):
                 if self._disturbed(this, chance, hub, name, out, moves=number == moving) == 0:
                     break
             hub.calm()
@@ -156,6 +159,7 @@ class Rounds:
         if moves:
             time.sleep(chance.uniform(0, self.seconds))
             hub.set_revision(name, _MOVED, self._moved)
+            this.moved = True
         if how is not None:
             time.sleep(chance.uniform(0, 1.5 * self.seconds))
             os.kill(pid, how)
@@ -226,6 +230,8 @@ def _count_bytes(this: Round, hub: LoopbackHub) -> None:
     ((_, repo),) = hub.repos.items()
     for commit, bodies in files.items():
         size, sent = repo.commits[commit]["model.safetensors"].size, sum(body.sent for body in bodies)
+        if commit not in repo.branches.values():  # moved meanwhile: not needed to its end
+            size = min(size, sent)
         this.needed += size
         this.served += sent
         if not {"whole", "corrupt"} & {body.fault for body in bodies}:
