@@ -214,14 +214,15 @@ def place_of(run: Path, checkpoint: Checkpoint) -> Path:
     return run / ".fetched" / "-".join(filter(None, (checkpoint.commit, inside)))
 
 
-def sweep_out(run: Path, waiting: Iterable[Checkpoint]) -> None:
+def sweep_out(run: Path, listed: Iterable[Checkpoint], scored: Iterable[Checkpoint]) -> None:
     """Delete what killed sweeps left of checkpoints that are scored, or no longer listed.
 
     Args:
         run: The run folder.
-        waiting: Checkpoints without scores: what is there of them is for a later sweep.
+        listed: All checkpoints: what is there of those without scores is for a later sweep.
+        scored: Those with scores.
     """
-    stays = {place_of(run, checkpoint) for checkpoint in waiting}
+    stays = {place_of(run, checkpoint) for checkpoint in listed} - {place_of(run, done) for done in scored}
     for folder in (run / ".fetched").glob("*"):
         if folder not in stays and not (folder / _KEPT).exists():
             abandon(folder)

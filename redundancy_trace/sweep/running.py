@@ -144,7 +144,7 @@ def run_sweep(settings: TraceSettings, reporter: Reporter) -> SweepResult:
             raise
         failures |= failed
     if not settings.keep:
-        sweep_out(folder, (c for c in listing if not c.chosen or c.name in failures))
+        sweep_out(folder, listing, (c for c in listing.chosen if c.name not in failures))
     figures = _draw(run, listing, label, reporter) if scored or kept else ()
     return SweepResult(folder, scored, kept, failures, figures, label, plan, listing)
 
