@@ -248,7 +248,7 @@ def test_older_field_of_shared_heads():
 )  # fmt: skip
 def test_what_no_native_model_computes_is_refused_by_name(name, field, value, tmp_path):
     message = refusal(rewritten(name, tmp_path, **{field: value}))
-    assert message.startswith(f"{tmp_path / 'config.json'} describes an OLMo of the original layout that ")
+    assert message.startswith(f"{tmp_path / 'config.json'} describes an original OLMo that cannot be read as ")
     assert f"{field} = {value!r}, not " in message
 
 

@@ -257,6 +257,9 @@ def test_compressed_torch_files_are_refused(tmp_path):
     ):
         for name in plain.namelist():
             compressed.writestr(name, plain.read(name))
+        compressed.writestr("plain/more", bytes(100_000), zipfile.ZIP_STORED)
+    wrong = torch.load(tmp_path / "pytorch_model.bin", mmap=True, weights_only=True)
+    assert not torch.equal(wrong["a"], torch.arange(1000.0))
     assert "is compressed, which torch's own files are not" in refused(tmp_path)
 
 

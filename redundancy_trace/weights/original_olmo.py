@@ -98,8 +98,7 @@ def native_config(fields: Mapping[str, Any], file: Path) -> Any:
     if foreign := [name for name, values in known.items() if given[name] not in values]:
         model = "LlamaForCausalLM" if rms else "OlmoForCausalLM"
         raise CheckpointError(
-            f"{file} describes an OLMo of the original layout that {model} of transformers, as which it would be read, "
-            "does not compute: "
+            f"{file} describes an original OLMo that cannot be read as {model} of transformers: "
             + ", ".join(f"{name} = {given[name]!r}, not {_told(known[name])}" for name in foreign)
             + "."
         )
