@@ -12,12 +12,13 @@ from families import token_ids
 from hypothesis import given
 from hypothesis import strategies as st
 from saved_models import CPU, apart, built, folder, save, score
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from redundancy_trace.errors import CheckpointError
 from redundancy_trace.hub import Hub
 from redundancy_trace.weights import open_remote_weights, open_weights
-from redundancy_trace.weights.remote import merge_spans
+from redundancy_trace.weights.remote import RemoteWeights, merge_spans
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -109,6 +110,34 @@ def test_no_more_bytes_than_need_be(loopback_hub, tmp_path, tied, form):
     assert sum(moved) <= 1.02 * needed
     # Every layer lies in one piece; a word of the vocabulary costs a request at most.
     assert loopback_hub.count("GET", "*/resolve/*") <= 2 * len(np.unique(ids)) + 6 * 3 + 12
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+def test_two_layers_at_most_are_held(loopback_hub, tmp_path, monkeypatch, form):
+    """The one at work and the next: whatever the depth."""
+    config = LlamaConfig(
+        vocab_size=300, hidden_size=64, intermediate_size=128, num_hidden_layers=8, num_attention_heads=4,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    path = save(model, tmp_path / "saved")
+    if form == "bin":
+        path = as_bin(path, tmp_path / "bin")
+    remote = open_remote_weights(path, served(loopback_hub, path))
+    read, held, most = RemoteWeights.read, [], [0]
+
+    def watched(self, names):
+        found = read(self, names)
+        held.extend((StorageWeakRef(t.untyped_storage()), t.nbytes) for n, t in found.items() if ".layers." in n)
+        most[0] = max(most[0], sum(size for storage, size in held if not storage.expired()))
+        return found
+
+    monkeypatch.setattr(RemoteWeights, "read", watched)
+    ids = np.random.default_rng(0).integers(0, 300, size=(4, 32))
+    score(path, ids=ids, weights=remote)
+    layer = sum(parameter.nbytes for parameter in model.model.layers[0].parameters())
+    assert len(held) == 9 * 8
+    assert layer < most[0] <= 2 * layer
 
 
 def test_a_broken_connection_is_taken_up(loopback_hub, tmp_path):
