@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 import polars as pl
 
-from redundancy_trace.checkpoints.ordering import part_key
+from redundancy_trace.checkpoints.ordering import part_key, training_positions
+from redundancy_trace.checkpoints.records import Checkpoint
 from redundancy_trace.errors import InputError, nearest
 from redundancy_trace.metrics import COMPONENTS, IMPORTANCE, LOSS
 
@@ -181,8 +182,9 @@ def training_axis(scores: pl.DataFrame) -> Axis:
 
     Tokens are those of the labels; where some labels lack them, or rounding made two equal, step × tokens per
     step, the median over the labels. A quantity is used only if every checkpoint that has a step or tokens
-    has it and it grows along the training order (steps that start anew in each stage do not). One checkpoint
-    alone, or names without numbers, stand evenly spaced by order, under their names.
+    has it and it grows along the training order; steps that start anew in each stage are put one behind the
+    other. One checkpoint alone, parallel ingredients, or names without numbers, stand evenly spaced by order, under
+    their names.
 
     Example:
         >>> frame = pl.DataFrame(
@@ -348,6 +350,7 @@ def _axis(order: pl.DataFrame) -> Axis:
         ("tokens", "training tokens", filled),
         ("tokens", "training tokens", derived),
         ("step", "optimizer steps", steps),
+        ("step", "optimizer steps, each stage behind the one before", _steps_over_stages(order)),
     )
     for column, label, positions in candidates:
         known = [float(x) for x, there in zip(positions, placed, strict=True) if there and x is not None]
@@ -357,6 +360,25 @@ def _axis(order: pl.DataFrame) -> Axis:
             return Axis(column, label, is_log_spaced(known), names, values)
     label = "checkpoint" if len(names) == 1 else "checkpoint, in training order"
     return Axis("index", label, log=False, revisions=names, values=tuple(float(k) for k in range(len(names))))
+
+
+def _steps_over_stages(order: pl.DataFrame) -> list[int | None]:
+    """Steps from the start of the training, where every stage counts its own; None of what has no step."""
+    staged = order["stage"].is_not_null().any()
+    rows = [row for row in order.iter_rows(named=True) if row["step"] is not None]
+    checkpoints = [
+        Checkpoint(
+            name=str(row["revision"]),
+            kind="branch",
+            seed=row["seed"],
+            stage=1 if staged and row["stage"] is None and not part_key(str(row["revision"])) else row["stage"],
+            ingredient=row["ingredient"],
+            step=row["step"],
+        )
+        for row in rows
+    ]
+    positions = iter(training_positions(checkpoints))
+    return [None if step is None else next(positions) for step in order["step"]]
 
 
 def _tokens_from_steps(steps: Sequence[int | None], labels: Sequence[int | None]) -> list[float | None]:

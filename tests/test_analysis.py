@@ -147,13 +147,23 @@ def test_axis(steps, tokens, column, values):
     assert axis.revisions == tuple(f"r{k}" for k in range(len(steps)))
 
 
-def test_steps_that_start_anew_are_no_axis_but_cumulative_tokens_are():
+def test_steps_that_start_anew_are_put_behind_and_cumulative_tokens_go_first():
     steps, stages, names = [10, 20, 10, 20], [1, 1, 2, 2], list("abcd")
-    assert training_axis(fake_scores(steps, stages=stages, names=names)).column == "index"
+    axis = training_axis(fake_scores(steps, stages=stages, names=names))
+    assert (axis.column, axis.values) == ("step", (10, 20, 30, 40))
+    assert axis.label == "optimizer steps, each stage behind the one before"
+    unstaged = training_axis(fake_scores(steps, stages=[None, None, 2, 2], names=names))
+    assert unstaged.values == (10, 20, 30, 40), "a name without a stage is of the first"
+    parallel = fake_scores(steps, stages=[1, 1, 2, 2], names=names).with_columns(
+        ingredient=pl.col("revision").replace_strict({"c": 1, "d": 2}, default=None, return_dtype=pl.Int64)
+    )
+    assert training_axis(parallel.with_columns(step=pl.min_horizontal("step", 20))).column == "step"
+    same = parallel.with_columns(step=pl.when(pl.col("revision") == "c").then(20).otherwise("step"))
+    assert training_axis(same).column == "index", "parallel ones stand at one place"
     axis = training_axis(fake_scores(steps, stages=stages, names=names, tokens=[1, 2, 3, 4]))
     assert (axis.column, axis.values) == ("tokens", (1, 2, 3, 4))
     # Tokens of one step cannot be told from stages that count anew: a missing label is not made up.
-    assert training_axis(fake_scores(steps, stages=stages, names=names, tokens=[1, 2, 3, None])).column == "index"
+    assert training_axis(fake_scores(steps, stages=stages, names=names, tokens=[1, 2, 3, None])).column == "step"
 
 
 @pytest.mark.parametrize(
