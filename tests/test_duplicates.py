@@ -353,17 +353,36 @@ def test_a_sweep_leaves_duplicates_out(loopback_hub, tiny_run, tmp_path, no_figu
     assert set(pl.read_csv(out / "figures" / "loss.csv")["revision"]) == {f"step{step}" for step in (0, 1, 2, 4, 8)}
 
 
-def test_local_duplicates_are_found_once_they_are_read(tiny_run, tmp_path, no_figures, capsys):
-    for name, step in (("checkpoint-0", 0), ("checkpoint-2", 2), ("checkpoint-6", 8), ("checkpoint-8", 8)):
-        (tmp_path / "run" / name).mkdir(parents=True)
+def local_run(folder, tiny_run, steps):
+    """Folders named as these steps, each with the weights of one of the tiny run's."""
+    for name, step in steps.items():
+        (folder / name).mkdir(parents=True)
         for file, source in checkpoint_files(tiny_run, step).items():
-            (tmp_path / "run" / name / file).write_bytes(source.read_bytes())
-    out = tmp_path / "out"
-    arguments = ["--model", str(tmp_path / "run"), "--out", str(out), *PYDOC, "--revisions"]
+            (folder / name / file).write_bytes(source.read_bytes())
+    return folder
+
+
+def test_local_duplicates_are_found_once_they_are_read(tiny_run, tmp_path, no_figures, capsys):
+    steps = {"checkpoint-0": 0, "checkpoint-2": 2, "checkpoint-6": 8, "checkpoint-8": 8}
+    run, out = local_run(tmp_path / "run", tiny_run, steps), tmp_path / "out"
+    arguments = ["--model", str(run), "--out", str(out), *PYDOC, "--revisions"]
     assert cli.run([*arguments, "all"]) == 0
     assert "checkpoint-6 = checkpoint-8" in capsys.readouterr().err
     assert set(rt.read_scores(out)["revision"]) == {"checkpoint-0", "checkpoint-2", "checkpoint-8"}
     assert cli.run([*arguments, "checkpoint-6"]) == 0, "it may be named"
+
+
+def test_local_duplicates_are_replaced_and_told_in_one_line(tiny_run, tmp_path, no_figures, capsys):
+    steps = {f"checkpoint-{n}": 8 for n in (5, 6, 7, 8)} | {f"checkpoint-{n}": n for n in (0, 1, 2, 4)}
+    run, out = local_run(tmp_path / "run", tiny_run, steps), tmp_path / "out"
+    arguments = ["--model", str(run), "--out", str(out), *PYDOC, "--revisions", "linear:4"]
+    assert cli.run(arguments) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
+    assert len(told) == 1
+    assert "= checkpoint-8" in told[0]
+    found = set(rt.read_scores(out)["revision"])
+    assert len(found) == 4
+    assert {"checkpoint-0", "checkpoint-8"} < found <= {f"checkpoint-{n}" for n in (0, 1, 2, 4, 8)}
 
 
 def test_a_sweep_of_very_many_fetches_what_each_has(loopback_hub, tiny_run, tmp_path, no_figures, monkeypatch):

@@ -64,7 +64,7 @@ def duplicates_note(checkpoints: Sequence[Checkpoint]) -> str | None:
     ]
     more = f" and {len(left) - 3} more" if len(left) > 3 else ""
     one = len(left) == 1
-    of = sum(c.files is not None for c in checkpoints)
+    of = sum(_hashes(c) is not None for c in checkpoints)
     repeat, are = ("repeats", "is") if one else ("repeat", "are")
     return (
         f"Of {of} checkpoints that were looked at, {len(left)} {repeat} the weights of another and {are} left out: "
