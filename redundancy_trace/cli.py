@@ -37,6 +37,8 @@ app = typer.Typer(
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 some checkpoints failed or a fault, 2 bad input, 130 interrupted."""
+    # Before torch is loaded: threads that wait for each other busily are many times slower where others compute too.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     code = run(sys.argv[1:] if arguments is None else arguments)
     if any(not thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread()):
         # A download that waits for a busy server: what it fetched is deleted, and the interpreter would wait for it.

@@ -5,7 +5,7 @@ import os
 import shutil
 import threading
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Event
@@ -13,10 +13,11 @@ from typing import Literal
 
 from redundancy_trace.checkpoints import Checkpoint, needed_files, raw_state, weight_files
 from redundancy_trace.errors import CheckpointError, InputError
-from redundancy_trace.hub import Hub, RemoteFolder, RepoFile, Stopped, may_pass
+from redundancy_trace.hub import Hub, RemoteFolder, RepoFile, Stopped, is_refused, may_pass
 from redundancy_trace.locking import try_lock
 
 _TURN_SECONDS = 0.2
+_KEPT = ".kept"
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def fetch(
 
     Raises:
         CheckpointError: There are no weights, a file cannot be had, or there is no space. What has arrived stays to be
-            gone on with if the fault may pass; else nothing is left behind.
+            gone on with if the fault may pass or be mended; else nothing is left behind.
     """
     if checkpoint.path is not None:
         return Fetched(_whole_folder(checkpoint, checkpoint.path), temporary=False, bytes_moved=0)
@@ -164,9 +165,11 @@ def fetch(
             remote = hub.remote_folder(repo, commit, weights, on_bytes, stopped)
         hub.download(repo, commit, files, claim.folder, count, stopped)
     except BaseException as error:
-        full = _is_full(error) or _is_full(error.__cause__)
+        cause = error.__cause__
+        full = _is_full(error) or _is_full(cause)
         ended = isinstance(error, Stopped) or not isinstance(error, Exception)
-        (leave if ended or may_pass(error.__cause__) else discard)(fetched)
+        mendable = may_pass(cause) or (is_refused(cause) and _present(claim.folder, files) > 0)
+        (leave if ended or mendable else discard)(fetched)
         if full or isinstance(error, OSError):
             raise _disk_error(error, claim.folder, files, checkpoint.name) from error
         raise
@@ -197,6 +200,34 @@ def abandon(into: Path) -> None:
     """Delete what `leave` left of a commit, unless another process has taken it up."""
     if into.is_dir():
         discard(Fetched(into, temporary=True, bytes_moved=0, _claim=_claim(into)))
+
+
+def keep(fetched: Fetched) -> None:
+    """Let go of what was fetched and mark it as the user's (`--keep`), so that no later sweep takes it for waste."""
+    if fetched._claim is not None and fetched._claim.held:
+        (fetched._claim.folder / _KEPT).touch()
+    leave(fetched)
+
+
+def place_of(run: Path, checkpoint: Checkpoint) -> Path:
+    """Where in a run what is fetched of a checkpoint stays until it is scored."""
+    inside = (checkpoint.subfolder or "").replace("/", "--")
+    return run / ".fetched" / "-".join(filter(None, (checkpoint.commit, inside)))
+
+
+def sweep_out(run: Path, listed: Iterable[Checkpoint], scored: Iterable[Checkpoint]) -> None:
+    """Delete what killed sweeps left of checkpoints that are scored, or no longer listed.
+
+    Args:
+        run: The run folder.
+        listed: All checkpoints: what is there of those without scores is for a later sweep.
+        scored: Those with scores.
+    """
+    stays = {place_of(run, checkpoint) for checkpoint in listed} - {place_of(run, done) for done in scored}
+    for folder in (run / ".fetched").glob("*"):
+        if folder not in stays and not (folder / _KEPT).exists():
+            abandon(folder)
+    _remove_if_empty(run / ".fetched")
 
 
 def _needed(model: str, checkpoint: Checkpoint, hub: Hub, commit: str) -> tuple[RepoFile, ...]:

@@ -20,6 +20,9 @@ os.environ.update(
     DISABLE_SAFETENSORS_CONVERSION="1",
     MPLBACKEND="Agg",
 )
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Threads of several processes that wait for each other by spinning make all of them many times slower.
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest  # noqa: E402 - after the environment
 from hypothesis import settings  # noqa: E402

@@ -5,19 +5,25 @@ with LoopbackHub() as hub:
     hub.fault("*/refs", status=503, times=2)
     HfApi(endpoint=hub.url).list_repo_refs("org/model")
     assert hub.count("GET", "*/refs") == 3
+    hub.chaos(random.Random(7), rate=0.2)  # from now on any request may meet any fault
+    hub.calm()
 """
 
 import fnmatch
 import hashlib
 import json
+import random
 import re
+import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 Content = Path | str | Mapping[str, "bytes | Path"]
@@ -90,15 +96,81 @@ class Fault:
     status: int | None
     error_code: str | None
     headers: dict[str, str]
-    cut_at: int | None
+    cut_at: float | None
     bytes_per_second: float | None
     body: bytes | None
-    corrupt_at: int | None
+    corrupt_at: float | None
     length_off: int
     whole: bool
+    hang_up: bool
+    kind: str = "given"
 
     def matches(self, method: str, path: str) -> bool:
         return self.times > 0 and self.method in (None, method) and fnmatch.fnmatchcase(path, self.pattern)
+
+
+@dataclass
+class Body:
+    """One body as it went out, or as much of it as the client took."""
+
+    path: str
+    sent: int
+    fault: str | None
+
+
+_Drawn = Callable[[random.Random], dict[str, Any]]
+# What a fault of each kind is, drawn anew each time; lengths as shares of the body.
+_KINDS: dict[str, _Drawn] = {
+    "429": lambda chance: {"status": 429, "retry_after": chance.choice((None, 0, 0, 0, 1))},
+    "503": lambda chance: {"status": 503, "retry_after": chance.choice((None, 0))},
+    "cut": lambda chance: {"cut_at": chance.random()},
+    "hang up": lambda _: {"hang_up": True},
+    "length": lambda chance: {"length_off": chance.choice((-1, 1)) * chance.randrange(1, 200)},
+    "trickle": lambda chance: {"bytes_per_second": chance.uniform(50_000, 500_000)},
+    "whole": lambda _: {"whole": True},
+    "401": lambda _: {"status": 401},
+    "403": lambda _: {"status": 403},
+    "corrupt": lambda chance: {"corrupt_at": chance.random()},
+}
+# How often each is drawn: those that end a sweep, or cost a file by design, are rarer.
+CHAOS = {
+    "429": 4, "503": 4, "cut": 8, "hang up": 4, "length": 4, "trickle": 4, "whole": 0.5, "401": 0.5, "403": 0.5,
+    "corrupt": 0.5,
+}  # fmt: skip
+
+
+@dataclass
+class _Chaos:
+    """Faults at random: which one the n-th request for a thing meets is the seed's, whatever was asked in between."""
+
+    seed: int
+    rate: float
+    kinds: Mapping[str, float]
+    pattern: str
+    asked: Counter[str] = field(default_factory=Counter)
+    corrupted: set[str] = field(default_factory=set)
+
+    def fault(self, method: str, path: str, span: str) -> Fault | None:
+        asked = f"{method} {path} {span}"
+        self.asked[asked] += 1
+        chance = random.Random(f"{self.seed} {asked} {self.asked[asked]}")
+        if chance.random() >= self.rate or not fnmatch.fnmatchcase(path, self.pattern):
+            return None
+        (kind,) = chance.choices(list(self.kinds), list(self.kinds.values()))
+        if kind == "corrupt":
+            if path in self.corrupted:
+                return None  # a file that arrives wrong twice is given up
+            self.corrupted.add(path)
+        return _fault(path, kind=kind, **_KINDS[kind](chance))
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Tell what went wrong, unless a client has gone."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class LoopbackHub:
@@ -116,10 +188,13 @@ class LoopbackHub:
         self.repos: dict[tuple[str, str], Repo] = {}
         self.renamed: dict[str, str] = {}
         self.requests: list[Request] = []
+        self.bodies: list[Body] = []
         self.faults: list[Fault] = []
+        self.met: Counter[str] = Counter()  # faults of the chaos, by kind
+        self.bytes_per_second: float | None = None  # of every body; None = at once
+        self._chaos: _Chaos | None = None
         self.lock = threading.Lock()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
-        self._server.daemon_threads = True
+        self._server = _Server(("127.0.0.1", 0), _handler(self))
         self.port = self._server.server_address[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
@@ -231,12 +306,13 @@ class LoopbackHub:
         error_code: str | None = None,
         retry_after: int | None = None,
         headers: Mapping[str, str] | None = None,
-        cut_at: int | None = None,
+        cut_at: float | None = None,
         bytes_per_second: float | None = None,
         body: bytes | None = None,
-        corrupt_at: int | None = None,
+        corrupt_at: float | None = None,
         length_off: int = 0,
         whole: bool = False,
+        hang_up: bool = False,
     ) -> None:
         """Let the next `times` requests to a path like `pattern` (glob, decoded path) fail.
 
@@ -248,24 +324,45 @@ class LoopbackHub:
             error_code: `X-Error-Code` of the answer.
             retry_after: `Retry-After` of the answer, in seconds.
             headers: Further headers of the answer.
-            cut_at: Close the connection after so many bytes of the body.
+            cut_at: Close the connection after so many bytes of the body; below 1, that share of it.
             bytes_per_second: Send the body in a slow trickle.
             body: Answer with this body.
-            corrupt_at: Send another byte there.
-            length_off: Claim so many bytes more than there are, and close the connection behind the body.
+            corrupt_at: Send another byte there; below 1, at that share of the body.
+            length_off: Claim so many bytes more than there are (or fewer), and close the connection behind the body.
             whole: Answer a request for a range with the whole file.
+            hang_up: Close the connection without an answer.
         """
-        extra = dict(headers or {}) | ({} if retry_after is None else {"Retry-After": str(retry_after)})
-        content = (cut_at, bytes_per_second, body, corrupt_at, length_off, whole)
-        self.faults.append(Fault(pattern, method, times, status, error_code, extra, *content))
+        given = locals()
+        self.faults.append(_fault(**{name: value for name, value in given.items() if name != "self"}))
 
-    def take_fault(self, method: str, path: str) -> Fault | None:
+    def chaos(
+        self, chance: random.Random, *, rate: float, kinds: Mapping[str, float] = CHAOS, pattern: str = "*"
+    ) -> None:
+        """Let requests to paths like `pattern` meet faults at random, until `calm`.
+
+        Args:
+            chance: Where the seed is drawn from.
+            rate: Share of the requests.
+            kinds: Which faults (see `CHAOS`), and how often each in proportion to the others.
+            pattern: Glob over the path.
+        """
+        self._chaos = _Chaos(chance.getrandbits(64), rate, kinds, pattern)
+
+    def calm(self) -> None:
+        """End the chaos; faults that were asked for one by one stay."""
+        self._chaos = None
+
+    def take_fault(self, method: str, path: str, span: str = "") -> Fault | None:
         with self.lock:
             for fault in self.faults:
                 if fault.matches(method, path):
                     fault.times -= 1
                     return fault
-        return None
+            return self._chaos.fault(method, path, span) if self._chaos else None
+
+    def meet(self, fault: Fault) -> None:
+        with self.lock:
+            self.met[fault.kind] += 1
 
     def log(self, request: Request) -> None:
         with self.lock:
@@ -286,6 +383,32 @@ class LoopbackHub:
     def forget_requests(self) -> None:
         with self.lock:
             self.requests.clear()
+
+
+def _fault(
+    pattern: str,
+    *,
+    status: int | None = None,
+    times: int = 1,
+    method: str | None = None,
+    error_code: str | None = None,
+    retry_after: int | None = None,
+    headers: Mapping[str, str] | None = None,
+    kind: str = "given",
+    **content: Any,
+) -> Fault:
+    """A fault from the arguments of `LoopbackHub.fault`."""
+    extra = dict(headers or {}) | ({} if retry_after is None else {"Retry-After": str(retry_after)})
+    nothing: dict[str, Any] = {
+        "cut_at": None, "bytes_per_second": None, "body": None, "corrupt_at": None, "length_off": 0, "whole": False,
+        "hang_up": False,
+    }  # fmt: skip
+    return Fault(pattern, method, times, status, error_code, extra, kind=kind, **(nothing | content))
+
+
+def _place(at: float, length: int) -> int:
+    """A place in a body, given as bytes or as a share of it."""
+    return int(at * length) if 0 < at < 1 else int(at)
 
 
 def _sources(content: Path | Mapping[str, bytes | Path]) -> dict[str, bytes | Path]:
@@ -342,6 +465,7 @@ def _handler(hub: LoopbackHub) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
         timeout = 30
+        disable_nagle_algorithm = True
         fault: Fault | None = None
 
         def do_GET(self) -> None:
@@ -361,9 +485,13 @@ def _handler(hub: LoopbackHub) -> type[BaseHTTPRequestHandler]:
             path = unquote(parts.path)
             posted = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode()
             hub.log(Request(self.command, path, parts.query, dict(self.headers.items())))
-            self.fault = hub.take_fault(self.command, path)
+            self.path_asked = path
+            self.fault = hub.take_fault(self.command, path, self.headers.get("Range") or "")
             try:
-                if self.fault and (self.fault.status or self.fault.body is not None):
+                if self.fault and self.fault.hang_up:
+                    hub.meet(self.fault)
+                    self.close_connection = True
+                elif self.fault and (self.fault.status or self.fault.body is not None):
                     status = self.fault.status or 200
                     code = {"X-Error-Code": self.fault.error_code} if self.fault.error_code else {}
                     self.answer(status, self.fault.body or b'{"error": "injected"}', self.fault.headers | code)
@@ -494,6 +622,8 @@ def _handler(hub: LoopbackHub) -> type[BaseHTTPRequestHandler]:
 
         def answer_bytes(self, blob: Blob, headers: dict[str, str]) -> None:
             match = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
+            if self.fault and self.fault.whole and not match:
+                self.fault = None
             if not match or (self.fault and self.fault.whole):
                 self.answer(200, b"" if self.command == "HEAD" else blob.read(), headers, length=blob.size)
                 return
@@ -509,29 +639,38 @@ def _handler(hub: LoopbackHub) -> type[BaseHTTPRequestHandler]:
             self.answer(200, json.dumps(value).encode(), {"Content-Type": "application/json"} | dict(headers or {}))
 
         def answer(self, status: int, body: bytes, headers: Mapping[str, str], *, length: int | None = None) -> None:
+            fault = self.fault
             self.send_response(status)
             for key, value in headers.items():
                 self.send_header(key, value)
-            off = self.fault.length_off if self.fault else 0
+            length = len(body) if length is None else length
+            off = max(fault.length_off, -length) if fault else 0
+            self.send_header("Content-Length", str(length + off))
+            self.end_headers()
             if off:
                 self.close_connection = True
-            self.send_header("Content-Length", str((len(body) if length is None else length) + off))
-            self.end_headers()
+            met = bool(fault and (fault.status or off or body))
+            if fault and met:
+                hub.meet(fault)
             if self.command == "HEAD":
                 return
-            if self.fault and self.fault.corrupt_at is not None and self.fault.corrupt_at < len(body):
-                at = self.fault.corrupt_at
-                body = body[:at] + bytes([body[at] ^ 0xFF]) + body[at + 1 :]
-            if self.fault and self.fault.cut_at is not None:
-                self.wfile.write(body[: self.fault.cut_at])
-                self.wfile.flush()
-                self.close_connection = True
-            elif self.fault and self.fault.bytes_per_second:
-                for start in range(0, len(body), 4096):
-                    self.wfile.write(body[start : start + 4096])
-                    time.sleep(4096 / self.fault.bytes_per_second)
-            else:
-                self.wfile.write(body)
+            pace = hub.bytes_per_second
+            if fault:
+                pace = fault.bytes_per_second or pace
+                if fault.corrupt_at is not None and (at := _place(fault.corrupt_at, len(body))) < len(body):
+                    body = body[:at] + bytes([body[at] ^ 0xFF]) + body[at + 1 :]
+                if fault.cut_at is not None:
+                    body = body[: _place(fault.cut_at, len(body))]
+                    self.close_connection = True
+            out = Body(self.path_asked, 0, fault.kind if fault and met else None)
+            with hub.lock:
+                hub.bodies.append(out)
+            step = 4096 if pace else max(1, len(body))
+            for start in range(0, len(body), step):
+                self.wfile.write(body[start : start + step])
+                out.sent += len(body[start : start + step])
+                if pace:
+                    time.sleep(step / pace)
 
     return Handler
 

@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from families import build, token_ids
 from reference_scores import COMPONENTS, METRICS, ReferenceScores, one_thread, reference_scores
@@ -16,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from redundancy_trace.engine import score_checkpoint
+from redundancy_trace.errors import CheckpointError
 from redundancy_trace.metrics import ModelScores
 
 CPU = torch.device("cpu")
@@ -52,6 +54,17 @@ def score(path: Path, engine: str = "stream", ids: np.ndarray | None = None, **c
     settings = {"device": CPU, "dtype": torch.float32, "batch_size": BATCH_SIZE, **changes}
     with one_thread():
         return score_checkpoint(path, token_ids() if ids is None else ids, engine=engine, **settings)
+
+
+def refusal(path: Path, **settings: object) -> str:
+    """The message of both engines, which must refuse alike."""
+    messages = []
+    for engine in ENGINES:
+        with pytest.raises(CheckpointError) as refused:
+            score(path, engine, **settings)
+        messages.append(str(refused.value))
+    assert messages[0] == messages[1]
+    return messages[0]
 
 
 def save(model: PreTrainedModel, path: Path, **settings: object) -> Path:

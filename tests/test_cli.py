@@ -177,6 +177,19 @@ def test_nothing_heavy_is_imported_to_give_help(body):
     assert done.returncode == 0, done.stderr
 
 
+def test_threads_wait_without_keeping_the_machine_busy_unless_told(monkeypatch):
+    body = (
+        "import os; from redundancy_trace.cli import main\n"
+        "try: main(['--version'])\n"
+        "except SystemExit: print(os.environ['OMP_WAIT_POLICY'])"
+    )
+    for given, policy in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")):
+        monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+        for name, value in given.items():
+            monkeypatch.setenv(name, value)
+        assert python(body).stdout.splitlines()[-1] == policy
+
+
 def test_version_names_what_a_number_depends_on(capsys):
     import torch
     import transformers

@@ -190,12 +190,13 @@ def test_an_interrupted_download_is_gone_on_with(
     assert not into.exists()
 
 
-def test_a_broken_connection_leaves_what_has_arrived(
-    loopback_hub: LoopbackHub, step: Checkpoint, hub: Hub, into: Path
+@pytest.mark.parametrize(("status", "told"), [(503, "answered 503"), (401, "expired token"), (403, "refuses access")])
+def test_a_broken_connection_or_an_expired_token_leaves_what_has_arrived(
+    loopback_hub: LoopbackHub, step: Checkpoint, hub: Hub, into: Path, status: int, told: str
 ) -> None:
     loopback_hub.fault("*/model.safetensors", cut_at=20_000)
-    loopback_hub.fault("*/model.safetensors", status=503, times=99)
-    with pytest.raises(CheckpointError, match="answered 503"):
+    loopback_hub.fault("*/model.safetensors", status=status, times=99)
+    with pytest.raises(CheckpointError, match=told):
         fetch("org/model", step, hub, into)
     loopback_hub.faults.clear()
     assert fetch("org/model", step, hub, into).bytes_moved <= len(FILES["model.safetensors"]) - 20_000

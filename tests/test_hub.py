@@ -206,6 +206,26 @@ def test_answer_that_is_not_the_hubs(served: LoopbackHub, body: bytes) -> None:
         Hub(served.url).refs("org/model")
 
 
+@pytest.mark.parametrize("fault", [{"length_off": -5}, {"corrupt_at": 40}], ids=["short", "damaged"])
+def test_json_that_was_damaged_on_the_way_is_asked_for_again(served: LoopbackHub, fault: dict[str, int]) -> None:
+    served.fault("*/refs", times=2, **fault)
+    assert len(Hub(served.url).refs("org/model")) == 5
+    assert served.count("GET", "*/refs") == 3
+    served.fault("*/refs", times=99, **fault)
+    with pytest.raises(InputError, match="broke off"):
+        Hub(served.url).refs("org/model")
+
+
+def test_a_small_file_that_was_damaged_on_the_way_does_not_stay_in_the_cache(served: LoopbackHub) -> None:
+    hub = Hub(served.url)
+    served.fault("*/config.json", method="GET", corrupt_at=3)
+    assert hub.cached_file("org/model", "config.json", "step0").read_bytes() == FILES["config.json"]
+    served.fault("*/config.json", method="GET", corrupt_at=1, times=2)
+    with pytest.raises(InputError, match=r"config\.json of org/model arrived twice with another hash"):
+        hub.cached_file("org/model", "config.json", "step1000")
+    assert hub.cached_file("org/model", "config.json", "step1000").read_bytes() == b"{}"
+
+
 def test_on_bytes_can_end_a_download(served: LoopbackHub, tmp_path: Path) -> None:
     def stop(count: int) -> None:
         raise KeyboardInterrupt

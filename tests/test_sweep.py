@@ -475,6 +475,41 @@ def test_interrupted_it_ends_at_once_and_goes_on(loopback_hub, tiny_run, tmp_pat
     assert not leftovers(out)
 
 
+def test_what_killed_sweeps_left_goes_once_nothing_needs_it(loopback_hub, tiny_run, tmp_path, no_figures):
+    hub, out = loopback_hub, tmp_path / "run"
+    hub.add_repo("me/model", revisions=branches(tiny_run))
+    assert sweep_hub(hub, out, "--quiet", *PYDOC, "--revisions", "step0,step1", "--keep") == 0
+    kept = {hub.commit("me/model", f"step{step}") for step in (0, 1)}
+    assert {path.name for path in (out / ".fetched").iterdir()} == kept
+    stored, waiting, gone = hub.commit("me/model", "step2"), hub.commit("me/model", "step8"), "0" * 40
+    assert sweep_hub(hub, out, "--quiet", *PYDOC, "--revisions", "step2") == 0
+    for name in (stored, waiting, gone, f"{waiting}-2"):
+        (out / ".fetched" / name).mkdir()
+        (out / ".fetched" / name / "model.safetensors.part").write_bytes(b"half")
+    assert sweep_hub(hub, out, "--quiet", *PYDOC, "--revisions", "step2") == 0, "scored before it was killed"
+    assert {path.name for path in (out / ".fetched").iterdir()} == {*kept, waiting}
+
+
+@pytest.mark.parametrize("at", ["engine.score_checkpoint", "store.write_part"])
+def test_interrupted_while_it_is_scored_a_checkpoint_is_not_fetched_again(
+    loopback_hub, tiny_run, undisturbed, tmp_path, no_figures, monkeypatch, at
+):
+    hub, out = loopback_hub, tmp_path / "run"
+    hub.add_repo("me/model", revisions=branches(tiny_run))
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"redundancy_trace.{at}", interrupted)
+        assert sweep_hub(hub, out, "--quiet", *PYDOC) == cli.INTERRUPTED
+    assert hub.count("GET", "*/model.safetensors")
+    assert sweep_hub(hub, out, "--quiet", *PYDOC) == 0
+    assert hub.count("GET", f"*/{hub.commit('me/model', 'step0')}/model.safetensors") == 1
+    assert_frame_equal(numbers(rt.read_scores(out)), numbers(undisturbed))
+    assert not leftovers(out)
+
+
 def test_two_processes_on_one_run(loopback_hub, tiny_run, tmp_path, no_figures, sweeps):
     """They start together on a new folder; a third has another calibration, which stays on record."""
     hub = loopback_hub

@@ -18,6 +18,7 @@ from saved_models import (
     difference,
     folder,
     reference,
+    refusal,
     rewrite,
     save,
     score,
@@ -56,17 +57,6 @@ def as_shards(source, path, suffix):
     index = {"metadata": {}, "weight_map": places}
     (path / f"{stem}.{suffix}.index.json").write_text(json.dumps(index))
     return path
-
-
-def refusal(path, **settings):
-    """The message of both engines, which must refuse alike."""
-    messages = []
-    for engine in ENGINES:
-        with pytest.raises(CheckpointError) as refused:
-            score(path, engine, **settings)
-        messages.append(str(refused.value))
-    assert messages[0] == messages[1]
-    return messages[0]
 
 
 @both_engines

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import IO
 
@@ -62,9 +63,13 @@ def token_file(path: Path, high: int = 320, seed: int = 0) -> str:
 class Sweeps:
     """Sweeps in processes of their own, which can be killed; each is forked from one that has imported everything."""
 
-    def __init__(self, run: Path) -> None:
+    def __init__(self, run: Path, part_bytes: int | None = None) -> None:
+        """Make ready to sweep; files are downloaded in parts of `part_bytes`, None = as everywhere."""
         self._process = subprocess.Popen(
-            [sys.executable, __file__, str(run)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, __file__, str(run), str(part_bytes or "")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         assert self._answer() == "ready"
 
@@ -75,6 +80,15 @@ class Sweeps:
     def wait(self, pid: int) -> int:
         """The exit code of a started process once it has ended; -9 if it was killed."""
         return int(self._ask({"wait": pid}))
+
+    def waited(self, pid: int, seconds: float) -> int | None:
+        """The same, but None if it has not ended within so many seconds."""
+        until = time.monotonic() + seconds
+        while not (answer := self._ask({"ended": pid})):
+            if time.monotonic() > until:
+                return None
+            time.sleep(0.01)
+        return int(answer)
 
     def close(self) -> None:
         for stream in (self._process.stdin, self._process.stdout):
@@ -94,40 +108,53 @@ class Sweeps:
         return self._process.stdout.readline().strip()
 
 
-def _serve(run: Path) -> None:
+def _serve(run: Path, part_bytes: str) -> None:
+    import importlib
     import os
+    import signal
 
     import torch
 
     from redundancy_trace import cli
     from redundancy_trace.engine import score_checkpoint
-    from redundancy_trace.hub import failures
+    from redundancy_trace.hub import failures, partial
     from redundancy_trace.sweep import running
 
     torch.set_num_threads(1)  # a fork would lose a pool of threads; those of polars and tokenizers are not begun here
     failures.RETRY_BASE_SECONDS = 0.01
+    partial.PART_BYTES = int(part_bytes or partial.PART_BYTES)
     running._draw = lambda *_: ()
     cpu, ids = torch.device("cpu"), np.zeros((1, 8), dtype=np.int64)
     score_checkpoint(run / f"checkpoint-{STEPS[-1]}", ids, device=cpu, dtype=torch.float32)  # imports what others need
+    for name in ("store", "calibration", "calibration.tokenizers", "analysis", "progress", "sweep.pipeline"):
+        importlib.import_module(f"redundancy_trace.{name}")
+    for name in ("rich.progress", "pydoc_data.topics", "tenacity", "httpx2", "polars"):
+        importlib.import_module(name)
     answers = os.dup(1)
     with os.fdopen(answers, "w") as answer:
         print("ready", file=answer, flush=True)
         for line in sys.stdin:
             question = json.loads(line)
-            if "wait" in question:
-                _, status = os.waitpid(question["wait"], 0)
-                print(os.waitstatus_to_exitcode(status), file=answer, flush=True)
+            if "wait" in question or "ended" in question:
+                pid, status = os.waitpid(
+                    question.get("wait") or question["ended"], 0 if "wait" in question else os.WNOHANG
+                )
+                print(os.waitstatus_to_exitcode(status) if pid else "", file=answer, flush=True)
                 continue
             pid = os.fork()
             if pid == 0:
                 with Path(question["told"]).open("w") as told:
                     os.dup2(told.fileno(), 1)
                     os.dup2(told.fileno(), 2)
-                code = cli.run(question["start"])
-                sys.stdout.flush()
-                os._exit(code)
+                signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, if this runs in the background
+                code = cli.INTERRUPTED
+                try:
+                    code = cli.run(question["start"])
+                    sys.stdout.flush()
+                finally:
+                    os._exit(code)
             print(pid, file=answer, flush=True)
 
 
 if __name__ == "__main__":
-    _serve(Path(sys.argv[1]))
+    _serve(Path(sys.argv[1]), sys.argv[2])

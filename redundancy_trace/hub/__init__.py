@@ -6,7 +6,7 @@ one, `transfer` fetches several at once, `reading` reads pieces into memory, `pr
 """
 
 from redundancy_trace.hub.client import Hub
-from redundancy_trace.hub.failures import may_pass
+from redundancy_trace.hub.failures import is_refused, may_pass
 from redundancy_trace.hub.progress import Stopped
 from redundancy_trace.hub.reading import RemoteFolder
 from redundancy_trace.hub.records import COMMIT, Ref, RefKind, RepoFile, RepoKind
@@ -21,5 +21,6 @@ __all__ = [
     "RepoFile",
     "RepoKind",
     "Stopped",
+    "is_refused",
     "may_pass",
 ]

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from redundancy_trace.errors import InputError, nearest
+from redundancy_trace.hub.ranges import WrongContent
 from redundancy_trace.hub.records import COMMIT, Ref, RepoFile, RepoKind
 
 
@@ -70,6 +71,22 @@ def cached_files(repo: str, commit: str, kind: RepoKind) -> tuple[RepoFile, ...]
         for file in sorted(snapshot.rglob("*"))
         if file.is_file()
     )
+
+
+def checked_file(file: Path) -> Path:
+    """A file that huggingface_hub has just brought into the cache, which checks its length alone.
+
+    Raises:
+        WrongContent: It has another hash than its name tells; it is deleted, or it would be taken as it is ever after.
+    """
+    sha256, git_sha1 = _hashes_of_blob(file)
+    with file.open("rb") as stream:
+        right = RepoFile(file.name, file.stat().st_size, sha256, git_sha1).is_content(stream)
+    if not right:
+        file.resolve().unlink()
+        file.unlink(missing_ok=True)
+        raise WrongContent(file.name)
+    return file
 
 
 def _folder(repo: str, kind: RepoKind) -> Path:

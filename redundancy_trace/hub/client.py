@@ -22,6 +22,7 @@ from redundancy_trace.hub.cache import (
     cached_files,
     cached_refs,
     cached_snapshot,
+    checked_file,
     record_ref,
 )
 from redundancy_trace.hub.failures import explained, retried
@@ -245,13 +246,17 @@ class Hub:
         if self.is_offline:
             raise InputError(f"{path} of {repo} is not in the Hub cache; leave out --offline to download it.")
         with self._told(InputError, repo, commit, kind=kind):
-            fetched = retried(
-                lambda: hf_hub_download(
+
+            def fetched() -> Path:
+                found = hf_hub_download(
                     repo, path, revision=commit, repo_type=kind, endpoint=self.url, token=self.token
-                ),
-                patient=True,
-            )
-        return Path(fetched)
+                )
+                return checked_file(Path(found))
+
+            try:
+                return retried(fetched, patient=True)
+            except WrongContent:
+                return retried(fetched, patient=True)
 
     def keep_ref(self, repo: str, revision: str, commit: str, kind: RepoKind = "model") -> None:
         """Note in the user's Hub cache what `resolve` said of a revision, for a later call without a network.
@@ -291,7 +296,7 @@ class Hub:
             )
             observe(self.url, "api", response.headers)
             hf_raise_for_status(response)
-            return response.json(), response.links.get("next", {}).get("url")
+            return _json_of(response), response.links.get("next", {}).get("url")
 
         return retried(get, patient=False)
 
@@ -322,6 +327,18 @@ class Hub:
         names = [ref.name for ref in self.refs(repo, kind)]
         like = nearest(revision, names) or names[:3]
         return f"{repo} has no revision {revision!r}; nearest of its {len(names)}: {', '.join(like)}."
+
+
+def _json_of(response: Any) -> Any:
+    """The JSON of an answer; one that says it is JSON and is not was damaged on the way, and may be asked for again."""
+    import httpx2
+
+    try:
+        return response.json()
+    except ValueError as error:
+        if "json" in response.headers.get("Content-Type", ""):
+            raise httpx2.RemoteProtocolError(f"half an answer: {first_line(error)}") from error
+        raise
 
 
 def _file_of(entry: dict[str, Any]) -> RepoFile:

@@ -86,6 +86,14 @@ def may_pass(error: BaseException | None) -> bool:
     return type(root) is OSError and root.errno is None
 
 
+def is_refused(error: BaseException | None) -> bool:
+    """Whether a server refused the user: a token that has expired, or lacks a right; he may mend it and go on."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    root = root_of(error)
+    return isinstance(root, HfHubHTTPError) and root.response.status_code in (401, 403)
+
+
 def seconds_asked(error: BaseException | None) -> float | None:
     """Seconds the server asks to wait: `RateLimit` with nothing left, else `Retry-After`, else None."""
     from huggingface_hub.errors import HfHubHTTPError

@@ -93,16 +93,8 @@ class PartialFile:
 
     def is_right(self) -> bool:
         """Whether the bytes have the hash that the repository tells; True where it tells none."""
-        if self.file.sha256 is not None:
-            digest = hashlib.sha256()
-        elif self.file.git_sha1 is not None:
-            digest = hashlib.sha1(b"blob %d\0" % self.file.size, usedforsecurity=False)
-        else:
-            return True
         self._data.seek(0)
-        while chunk := self._data.read(1024 * 1024):
-            digest.update(chunk)
-        return digest.hexdigest() == (self.file.sha256 or self.file.git_sha1)
+        return self.file.is_content(self._data)
 
     def restart(self) -> None:
         """Forget what has arrived."""

@@ -1,8 +1,9 @@
 """What a Hub is asked about: refs and files."""
 
+import hashlib
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import BinaryIO, Literal
 
 RefKind = Literal["branch", "tag", "other"]
 RepoKind = Literal["model", "dataset"]
@@ -33,3 +34,15 @@ class RepoFile:
     size: int
     sha256: str | None
     git_sha1: str | None = None
+
+    def is_content(self, stream: BinaryIO) -> bool:
+        """Whether what a stream holds has the hash; True where none is known."""
+        if self.sha256 is not None:
+            digest = hashlib.sha256()
+        elif self.git_sha1 is not None:
+            digest = hashlib.sha1(b"blob %d\0" % self.size, usedforsecurity=False)
+        else:
+            return True
+        while chunk := stream.read(1024 * 1024):
+            digest.update(chunk)
+        return digest.hexdigest() == (self.sha256 or self.git_sha1)

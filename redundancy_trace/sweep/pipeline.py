@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from redundancy_trace.checkpoints import Listing
 from redundancy_trace.errors import InputError, TraceError
-from redundancy_trace.fetching import Fetched, Room, abandon, discard, fetch, leave
+from redundancy_trace.fetching import Fetched, Room, abandon, discard, fetch, keep, leave, place_of
 from redundancy_trace.hub import Hub
 from redundancy_trace.progress import Reporter
 from redundancy_trace.settings import TraceSettings, parse_bytes
@@ -43,6 +43,7 @@ def score_all(
     from redundancy_trace.weights import open_remote_weights
 
     device = choose_device(settings.device)
+    let_go = keep if settings.keep else discard
     scored, failures = 0, {}
     with _fetching(settings, listing, run.folder, hub, reporter) as begin:
         ahead = begin(tasks[0])
@@ -74,13 +75,14 @@ def score_all(
                 failures[name] = reason
                 store.write_failure(run.folder, task.labels, reason)
                 reporter.finished(not_scored(name, reason))
-                if fetched is None and number + 1 < len(tasks):
+                if fetched is not None:
+                    let_go(fetched)
+                elif number + 1 < len(tasks):
                     ahead = begin(tasks[number + 1])
                 continue
-            finally:
-                if fetched is not None:
-                    (leave if settings.keep else discard)(fetched)
+            # Stored before its weights go: whatever ends the sweep before that leaves them to be gone on with.
             store.write_part(run.folder, task.labels, scores)
+            let_go(fetched)
             scored += 1
             reporter.finished(f"{name} scored in {time.monotonic() - started:.1f} s")
     return scored, failures
@@ -111,13 +113,11 @@ def _fetching(
     how: Any = "file" if settings.keep or settings.engine == "whole" else settings.fetch
     started: list[tuple[Task, Future[Fetched], Event]] = []
 
-    def place(task: Task) -> Path:
-        inside = (task.checkpoint.subfolder or "").replace("/", "--")
-        return folder / ".fetched" / "-".join(filter(None, (task.labels.commit, inside)))
-
     def work(task: Task, stopped: Event) -> Fetched:
         reporter.fetching(task.checkpoint.name, task.checkpoint.bytes if task.checkpoint.path is None else None)
-        return fetch(listing.model, task.checkpoint, hub, place(task), reporter.moved, stopped, room, how)
+        return fetch(
+            listing.model, task.checkpoint, hub, place_of(folder, task.checkpoint), reporter.moved, stopped, room, how
+        )
 
     def begin(task: Task) -> "Future[Fetched]":
         stopped = Event()
@@ -139,7 +139,7 @@ def _fetching(
             if future.done() and not future.cancelled() and future.exception() is None:
                 (leave if stays else discard)(future.result())
             elif not stays:
-                abandon(place(task))
+                abandon(place_of(folder, task.checkpoint))
         raise
     else:
         pool.shutdown()

@@ -17,6 +17,7 @@ from redundancy_trace.checkpoints import (
     reselected,
 )
 from redundancy_trace.errors import CheckpointError, InputError, TraceError
+from redundancy_trace.fetching import sweep_out
 from redundancy_trace.hub import Hub
 from redundancy_trace.progress import Reporter
 from redundancy_trace.settings import TraceSettings
@@ -142,6 +143,8 @@ def run_sweep(settings: TraceSettings, reporter: Reporter) -> SweepResult:
                 store.withdraw_run(run, given)
             raise
         failures |= failed
+    if not settings.keep:
+        sweep_out(folder, listing, (c for c in listing.chosen if c.name not in failures))
     figures = _draw(run, listing, label, reporter) if scored or kept else ()
     return SweepResult(folder, scored, kept, failures, figures, label, plan, listing)
 

@@ -1,8 +1,9 @@
 """The tensors of a checkpoint folder by name: safetensors and torch zip, single or sharded, read when asked for."""
 
 import json
-import pickle
+import re
 import warnings
+import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,25 @@ _FORMATS = (
     ("model.safetensors", "model.safetensors.index.json"),
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
-
-MAX_HEADER_BYTES = 100_000_000  # of a safetensors file, as the format itself has it
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+# A file beside the index: no folder, no drive, nothing that a terminal or file system takes for more than a letter.
+_PLAIN_NAME = re.compile(r"[\w.+=@-][\w.+=@ -]{0,199}")
+# What safetensors allows its own header.
+MAX_HEADER_BYTES = 100_000_000
+# How torch's safe loader names what it would have to run, and what else it stumbles over.
+_FORBIDDEN = re.compile(r"[Uu]nsupported (?:global: )?(?:GLOBAL|class) (\S+)")
+_STUMBLED = re.compile(r"WeightsUnpickler error:\s*(.+)")
 
 
 @dataclass(frozen=True)
@@ -71,71 +89,113 @@ def open_weights(folder: Path) -> WeightFiles:
     """
     for single, index in _FORMATS:
         if (folder / single).is_file():
-            return _open(folder, [folder / single])
+            return _weight_files(folder, {folder / single: _open(folder / single)})
         if (folder / index).is_file():
-            return _open(folder, _shards(folder / index))
+            return _open_shards(folder / index)
     raise CheckpointError(
         f"{folder} has no weights: none of {', '.join(name for pair in _FORMATS for name in pair)} is there."
     )
 
 
-def _shards(index: Path) -> list[Path]:
+def _parse_json(text: bytes) -> Any:
+    """JSON that somebody else has written; ValueError too where a name is twice in one object."""
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted({str(name) for name in weight_map.values()})
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{index} is no index of weight shards ({error}); fetch it again.") from error
-    missing = [name for name in names if not (index.parent / name).is_file()]
+        return json.loads(text, object_pairs_hook=_without_repeats)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"it has {next(name for i, name in enumerate(names) if name in names[:i])!r} twice")
+    return found
+
+
+def _open_shards(index: Path) -> WeightFiles:
+    """Open all shards of an index. What it says and what they hold must agree, tensor by tensor."""
+    folder, places = index.parent, _places(index)
+    names = sorted(set(places.values()))
+    missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise CheckpointError(
-            f"{index.parent} lacks {len(missing)} of its {len(names)} weight shards: {', '.join(missing[:5])}."
+            f"{folder} lacks {len(missing)} of its {len(names)} weight shards: {', '.join(missing[:5])}."
         )
-    return [index.parent / name for name in names]
+    shards = {folder / name: _open(folder / name) for name in names}
+    absent = [name for name, shard in places.items() if name not in shards[folder / shard]]
+    if absent:
+        more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
+        raise CheckpointError(
+            f"{index} says that {places[absent[0]]} holds tensor {absent[0]}{more}, which it does not; the index and "
+            "the shards are not of one checkpoint."
+        )
+    return _weight_files(folder, shards)
 
 
-def _open(folder: Path, files: list[Path]) -> WeightFiles:
+def _places(index: Path) -> dict[str, str]:
+    """Name of every tensor to the name of its shard, a file beside the index."""
+    if index.stat().st_size > MAX_HEADER_BYTES:
+        raise CheckpointError(f"{_sized(index)} is no index of weight shards: that would be far smaller.")
+    try:
+        places = dict(_parse_json(index.read_bytes())["weight_map"].items())
+    except (ValueError, KeyError, AttributeError, TypeError, OSError) as error:
+        raise CheckpointError(
+            f"{_sized(index)} is no index of weight shards, or still being written: {first_line(error)}. Try again "
+            "when it is whole."
+        ) from error
+    suffix = index.name.removesuffix(".index.json").rpartition(".")[2]
+    strange = {
+        repr(name)
+        for name in places.values()
+        if not (isinstance(name, str) and _PLAIN_NAME.fullmatch(name) and name.endswith(f".{suffix}"))
+    }
+    if strange:
+        raise CheckpointError(
+            f"{index} names weight shards that are no .{suffix} files beside it: {', '.join(sorted(strange)[:5])}. "
+            "Nothing of this checkpoint is read."
+        )
+    return places
+
+
+def _weight_files(folder: Path, files: Mapping[Path, Mapping[str, Any]]) -> WeightFiles:
     slices: dict[str, Any] = {}
     info: dict[str, TensorInfo] = {}
-    for file in files:
-        for name, stored in (_open_safetensors if file.suffix == ".safetensors" else _open_bin)(file).items():
-            slices[name] = stored
-            if isinstance(stored, Tensor):
-                info[name] = TensorInfo(tuple(stored.shape), stored.dtype)
+    places: dict[str, Path] = {}
+    for file, stored in files.items():
+        for name, tensor in stored.items():
+            if name in places:
+                raise CheckpointError(f"{folder}: tensor {name} is both in {places[name].name} and in {file.name}.")
+            places[name], slices[name] = file, tensor
+            if isinstance(tensor, Tensor):
+                info[name] = TensorInfo(tuple(tensor.shape), tensor.dtype)
             else:
-                info[name] = TensorInfo(tuple(stored.get_shape()), SAFETENSORS_DTYPES[stored.get_dtype()])
+                info[name] = TensorInfo(tuple(tensor.get_shape()), SAFETENSORS_DTYPES[tensor.get_dtype()])
     if not info:
-        raise CheckpointError(f"{files[0]} holds no tensors.")
+        raise CheckpointError(f"{next(iter(files))} holds no tensors.")
     return WeightFiles(folder, info, slices)
 
 
-SAFETENSORS_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+def _open(file: Path) -> Mapping[str, Any]:
+    return (_open_safetensors if file.suffix == ".safetensors" else _open_bin)(file)
 
 
 def _open_safetensors(file: Path) -> dict[str, Any]:
     try:
+        # Checks lengths, offsets and shapes against the file before it takes any memory.
         opened = safe_open(file, framework="pt", device="cpu")
         slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
-    except (SafetensorError, OSError) as error:
+        with file.open("rb") as raw:
+            # Of a name that is there twice, safetensors takes the last.
+            _parse_json(raw.read(int.from_bytes(raw.read(8), "little")))
+    except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(
-            f"{file} ({file.stat().st_size:,} bytes) is truncated or no safetensors file: {error}. Fetch it again."
+            f"{_sized(file)} is truncated, still being written, or no safetensors file: {first_line(error)}. Try again "
+            "when it is whole."
         ) from error
-    unknown = {name: s.get_dtype() for name, s in slices.items() if s.get_dtype() not in SAFETENSORS_DTYPES}
-    if unknown:
-        name, dtype = next(iter(unknown.items()))
-        raise CheckpointError(
-            f"{file}: tensor {name} is stored as {dtype}; quantised weights are not scored, only F64, F32, F16, BF16."
-        )
+    for name, stored in slices.items():
+        if stored.get_dtype() not in SAFETENSORS_DTYPES:
+            raise _unreadable(file, name, stored.get_dtype())
     return slices
 
 
@@ -145,18 +205,54 @@ def _open_bin(file: Path) -> dict[str, Tensor]:
     try:
         with file.open("rb") as opened:
             zipped = opened.read(2) == b"PK"
+        if zipped:
+            _refuse_compressed(file)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pickles in odd forms, which are read or refused all the same
             state = torch.load(file, mmap=zipped, **load)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+    except CheckpointError:
+        raise
+    except Exception as error:  # a broken pickle raises what it likes
+        if forbidden := _FORBIDDEN.search(str(error)):
+            raise CheckpointError(
+                f"{_sized(file)} asks for {forbidden[1]} when it is opened, which no file of tensors needs. It is not "
+                "opened for that reason; nothing of it was run."
+            ) from error
+        stumbled = _STUMBLED.search(str(error))
+        told = stumbled[1] if stumbled else first_line(error)
         raise CheckpointError(
-            f"{file} ({file.stat().st_size:,} bytes) cannot be read with torch's safe loader: {first_line(error)} "
-            "It is truncated, or holds more than tensors and is not opened for that reason."
+            f"{_sized(file)} is truncated, still being written, or holds more than tensors and is not opened for that "
+            f"reason (torch's safe loader: {told[:200].rstrip('. ')})."
         ) from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{file} holds a {type(state).__name__}, not tensors by name: no model's weights.")
-    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-    if len(tensors) < len(state):
-        others = [str(name) for name in state if name not in tensors]
+    others = [str(name) for name, value in state.items() if not (isinstance(name, str) and isinstance(value, Tensor))]
+    if others:
         raise CheckpointError(f"{file} holds more than tensors ({', '.join(others[:5])}): no model's weights.")
-    return tensors
+    for name, tensor in state.items():
+        if tensor.is_meta or tensor.layout != torch.strided:
+            raise _unreadable(file, name, "meta" if tensor.is_meta else str(tensor.layout))
+        if tensor.dtype not in SAFETENSORS_DTYPES.values():
+            raise _unreadable(file, name, str(tensor.dtype))
+    # Parameters and tensors with attributes of their own become plain ones.
+    return {name: tensor.detach() for name, tensor in state.items()}
+
+
+def _refuse_compressed(file: Path) -> None:
+    """Torch maps what is stored into memory as it is: of compressed tensors it would make wrong numbers."""
+    with zipfile.ZipFile(file) as archive:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise CheckpointError(f"{_sized(file)} is compressed, which torch's own files are not; it is not read.")
+
+
+def _unreadable(file: Path, name: str, kind: str) -> CheckpointError:
+    return CheckpointError(
+        f"{file}: tensor {name} is stored as {kind}; quantised weights are not scored, only F64, F32, F16, BF16."
+    )
+
+
+def _sized(file: Path) -> str:
+    try:
+        return f"{file} ({file.stat().st_size:,} bytes)"
+    except OSError:  # gone in the meantime
+        return str(file)

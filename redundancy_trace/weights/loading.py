@@ -17,10 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from redundancy_trace.errors import CheckpointError, first_line
+from redundancy_trace.weights.completeness import refuse_incomplete
 from redundancy_trace.weights.files import WeightFiles, open_weights
-
-# Buffers that architectures recompute and that old files still carry.
-_RECOMPUTED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|(attention|attn|self_attn)\.(masked_)?bias|position_ids)$")
+from redundancy_trace.weights.original_olmo import is_original_olmo, native_config, native_weights
 
 
 def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
@@ -32,17 +31,47 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     from transformers import AutoConfig
 
     file = folder / "config.json"
-    if not file.is_file():
-        raise CheckpointError(f"{folder} has no config.json.")
-    try:
-        json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{file} is no valid JSON: {error}.") from error
+    _config_fields(file)
     try:
         with _quiet():
             return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # the library raises many kinds; each means that this config cannot be used
         raise CheckpointError(f"{file} cannot be used: {first_line(error)}") from error
+
+
+def _config_fields(file: Path) -> Any:
+    if not file.is_file():
+        raise CheckpointError(f"{file.parent} has no config.json.")
+    try:
+        return json.loads(file.read_bytes())
+    except (ValueError, RecursionError, OSError) as error:
+        raise CheckpointError(f"{file} is no valid JSON: {error}.") from error
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """What a checkpoint folder holds.
+
+    Attributes:
+        config: The configuration of a model of transformers.
+        weights: The tensors of that model.
+        translated: Whether the files have another layout, which transformers does not read by itself.
+    """
+
+    config: Any
+    weights: WeightFiles
+    translated: bool
+
+
+def _stored(folder: Path, *, trust_remote_code: bool, weights: WeightFiles | None = None) -> _Stored:
+    """Open a checkpoint folder. A layout that we translate is never left to the folder's own code."""
+    file = folder / "config.json"
+    fields = _config_fields(file)
+    weights = weights or open_weights(folder)
+    if is_original_olmo(fields, weights.info):
+        config = native_config(fields, file)
+        return _Stored(config, native_weights(weights, config), translated=True)
+    return _Stored(read_config(folder, trust_remote_code=trust_remote_code), weights, translated=False)
 
 
 @dataclass(frozen=True)
@@ -130,12 +159,17 @@ def build_empty_model(
     Raises:
         CheckpointError: If a tensor is missing, unexpected or misshapen (named), or files or config cannot be used.
     """
+    stored = _stored(folder, trust_remote_code=trust_remote_code, weights=weights)
+    return _matched(stored, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+
+
+def _matched(stored: _Stored, *, device: torch.device, dtype: torch.dtype, trust_remote_code: bool) -> EmptyModel:
+    """As `build_empty_model`, of what is open already."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
     from transformers.conversion_mapping import get_model_conversion_mapping
 
-    config = read_config(folder, trust_remote_code=trust_remote_code)
-    weights = weights or open_weights(folder)
+    folder, config, weights = stored.weights.folder, stored.config, stored.weights
     try:
         # Buffers stay real: they are computed from the configuration, not read.
         with _quiet(), init_empty_weights(include_buffers=False):
@@ -177,24 +211,28 @@ def load_whole_model(folder: Path, *, device: torch.device, dtype: torch.dtype, 
     Raises:
         CheckpointError: As `build_empty_model`.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
-    config = read_config(folder, trust_remote_code=trust_remote_code)
-    open_weights(folder)
+    stored = _stored(folder, trust_remote_code=trust_remote_code)
+    # By headers alone: what does not fit is named before a parameter takes memory.
+    _matched(stored, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    settings: dict[str, Any] = {
+        "config": stored.config,
+        "dtype": dtype,
+        "local_files_only": True,
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,
+    }
     try:
         with _quiet():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder,
-                config=config,
-                dtype=dtype,
-                trust_remote_code=trust_remote_code,
-                local_files_only=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-            )
-    except Exception as error:
-        # Names the tensors that do not fit, where transformers only says that something does not.
-        build_empty_model(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+            if stored.translated:
+                model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(stored.config)]
+                # Memory-mapped, so that this takes no memory.
+                tensors = stored.weights.read(stored.weights.info)
+                loaded: Any = model_class.from_pretrained(None, state_dict=tensors, **settings)
+            else:
+                loaded = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust_remote_code, **settings)
+    except Exception as error:  # the library raises many kinds; each means that this cannot be loaded
         raise CheckpointError(f"{folder} cannot be loaded: {first_line(error)}") from error
     model, info = loaded
     _refuse(folder, _LoadingInfo(**info), missing=info["missing_keys"])
@@ -286,23 +324,13 @@ def _tied_with(model: Any, parameter: str) -> list[str]:
 
 def _refuse(folder: Path, info: Any, missing: Iterable[str]) -> None:
     """Raise unless the report is clean; `missing` are the names of parameters without a stored tensor."""
-    problems = []
-    for what, names in (
-        ("missing", sorted(missing)),
-        ("unexpected", sorted(name for name in info.unexpected_keys if not _RECOMPUTED.search(name))),
-        ("misshapen", [f"{n} {tuple(a)} for {tuple(b)}" for n, a, b in sorted(info.mismatched_keys)]),
-        ("not convertible", sorted(info.conversion_errors or ())),
-    ):
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            count = "1 tensor is" if len(names) == 1 else f"{len(names)} tensors are"
-            problems.append(f"{count} {what}: {', '.join(names[:3])}{more}")
-    if problems:
-        raise CheckpointError(
-            f"The weights in {folder} are not those of its config.json; transformers would go on with random numbers. "
-            + "; ".join(problems)
-            + "."
-        )
+    refuse_incomplete(
+        folder,
+        missing=missing,
+        unexpected=info.unexpected_keys,
+        misshapen=info.mismatched_keys,
+        not_convertible=info.conversion_errors or (),
+    )
 
 
 def _name_of(model: Any, wanted: Any) -> str:
