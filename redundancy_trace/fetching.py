@@ -233,8 +233,11 @@ def sweep_out(run: Path, listed: Iterable[Checkpoint], scored: Iterable[Checkpoi
 def _needed(model: str, checkpoint: Checkpoint, hub: Hub, commit: str) -> tuple[RepoFile, ...]:
     """What has to be there of a checkpoint, with paths from the root of the repository."""
     below = f"{checkpoint.subfolder}/" if checkpoint.subfolder else ""
+    files = checkpoint.files
     try:
-        files = checkpoint.files if checkpoint.files is not None else _below(hub.files(model, commit), below)
+        # A listing of very many checkpoints knows their weights only.
+        if files is None or any(file.sha256 is file.git_sha1 is None for file in needed_files(files)):
+            files = _below(hub.files(model, commit), below)
     except InputError as error:  # the listing was fine, so it is this one checkpoint
         raise CheckpointError(str(error)) from error
     _check_complete(files, f"{checkpoint.name} of {model}")

@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 
 import polars as pl
 import pytest
@@ -16,6 +17,7 @@ from redundancy_trace import cli
 from redundancy_trace.checkpoints import Checkpoint, list_checkpoints, listing
 from redundancy_trace.checkpoints.duplicates import mark_duplicates
 from redundancy_trace.checkpoints.ordering import in_training_order
+from redundancy_trace.errors import InputError
 from redundancy_trace.hub import RepoFile
 
 PYTHIA = [0, *(2**n for n in range(10)), *range(1000, 144000, 1000)]
@@ -160,6 +162,51 @@ def test_the_first_steps_of_pythia_are_step_0(loopback_hub):
     assert chosen(found) == ["step0", "step4", "step8"]
 
 
+def test_a_file_of_two_that_cannot_be_trusted_marks_a_third(loopback_hub):
+    """Two of equal weights, and a third that has one of their files: none of the three can be trusted."""
+    contents = {f"step{n}": bins(f"{n} a", f"{n} b") for n in (0, 1, 2, 3, 4)}
+    contents["step1"] = contents["step2"] = bins("x", "y")
+    contents["step3"] = bins("x", "3 b")
+    loopback_hub.add_repo("org/model", revisions=contents)
+    found = listed(loopback_hub, "org/model")
+    marks = {name: (c.duplicate_of, c.partial_duplicate_of) for name, c in found.items() if c.repeats}
+    assert marks == {"step1": ("step2", None), "step2": ("step1", None), "step3": (None, "step1")}
+    assert chosen(found) == ["step0", "step4"]
+
+
+def test_each_tenth_stays_each_tenth(loopback_hub):
+    """Only a number of models is filled up: others would not stand where they are asked for."""
+    steps = range(31)
+    contents = {f"step{n}": bins("final" if n in (10, 30) else str(n)) for n in steps}
+    loopback_hub.add_repo("org/model", revisions={"main": bins("final"), **contents})
+    assert chosen(listed(loopback_hub, "org/model", "every:10")) == ["step0", "step20", "step30"]
+    assert loopback_hub.count("GET", "*/tree/*") == 5
+    assert chosen(listed(loopback_hub, "org/model", "5..25/5")) == ["step5", "step15", "step20", "step25"]
+    assert chosen(listed(loopback_hub, "org/model", "linear:4")) == ["step0", "step9", "step20", "step30"]
+
+
+def test_a_mistyped_selector_is_told_as_such_whatever_is_known(loopback_hub):
+    contents = {f"step{n}": bins("same" if n in (1, 2) else str(n)) for n in range(5)}
+    loopback_hub.add_repo("org/model", revisions=contents)
+    known = list_checkpoints("org/model", "all", endpoint=loopback_hub.url)
+    with pytest.raises(InputError, match=r"has no checkpoint 'stp3'; nearest: step"):
+        list_checkpoints("org/model", "stp3", endpoint=loopback_hub.url, known=known)
+    with pytest.raises(InputError, match=r"selects nothing else .* Of 2 .* step1 = step2, step2 = step1\. Name"):
+        list_checkpoints("org/model", "1..2", endpoint=loopback_hub.url, known=known)
+
+
+def test_what_was_found_once_is_not_forgotten(pythia_2_8b):
+    """A smaller selection on the same run neither asks again nor takes for good what was found out before."""
+    hub, stale, _ = pythia_2_8b
+    everything = list_checkpoints("EleutherAI/pythia-2.8b", "all", endpoint=hub.url)
+    hub.forget_requests()
+    again = list_checkpoints("EleutherAI/pythia-2.8b", "log:20", endpoint=hub.url, known=everything)
+    assert hub.count("GET", "*/tree/*") == 1, "main alone"
+    assert len(again.chosen) == 20
+    assert {c.step for c in again if c.repeats} == stale
+    assert [c.duplicate_of for c in again] == [c.duplicate_of for c in everything]
+
+
 def test_bloom_tags_of_one_model(loopback_hub):
     steps = (1000, 10000, 100000, 200000, 300000)
     tags = {f"global_step{n}": bins("same" if n in (100000, 200000) else str(n)) for n in steps}
@@ -170,25 +217,55 @@ def test_bloom_tags_of_one_model(loopback_hub):
     assert len(chosen(found)) == 3
 
 
-def test_very_many_are_asked_for_one_by_one(loopback_hub, monkeypatch):
-    """Beyond the limit of the Hub's interface the hashes come from the larger allowance, and are the same."""
+@pytest.fixture
+def olmo_7b(loopback_hub, monkeypatch):
+    """Forty branches of one weight file each, which are very many here; what a listing by trees alone says of them."""
     steps = range(0, 40000, 1000)
     contents = {f"step{n}-tokens{n // 250}B": bins("twice" if n in (5000, 6000) else str(n)) for n in steps}
     loopback_hub.add_repo("allenai/OLMo-7B", revisions={"main": bins("annealed"), **contents})
     by_tree = listed(loopback_hub, "allenai/OLMo-7B")
     monkeypatch.setattr(listing, "MANY_TREES", 30)
-    for cdn in (False, True):
-        loopback_hub.cdn = cdn
-        by_head = listed(loopback_hub, "allenai/OLMo-7B")
-        assert by_head == by_tree
-        assert loopback_hub.count("HEAD", "*/resolve/*") == 39 * 2
-        assert loopback_hub.count("GET", "*/tree/*") <= 2, "one for the names of the files, one for main"
-    odd = contents["step9000-tokens36B"] | {"model.safetensors": b"another form"}
-    del odd["pytorch_model.bin"]
-    loopback_hub.set_revision("allenai/OLMo-7B", "step9000-tokens36B", odd)
-    found = listed(loopback_hub, "allenai/OLMo-7B")
-    assert found["step9000-tokens36B"].format == "safetensors"
-    assert found["step8000-tokens32B"].format == "bin"
+    return loopback_hub, by_tree
+
+
+def weights_alone(found: dict[str, Checkpoint]) -> dict[str, Checkpoint]:
+    """Without the hashes of what is no weights."""
+    return {
+        name: replace(c, files=c.files and tuple(replace(file, git_sha1=None) for file in c.files))
+        for name, c in found.items()
+    }
+
+
+@pytest.mark.parametrize("cdn", [False, True], ids=["plain", "redirects"])
+def test_very_many_are_asked_for_by_their_weights_alone(olmo_7b, cdn):
+    """Beyond the limit of the Hub's interface the hashes come from the larger allowance, and are the same."""
+    hub, by_tree = olmo_7b
+    hub.cdn = cdn
+    by_head = listed(hub, "allenai/OLMo-7B")
+    assert weights_alone(by_head) == weights_alone(by_tree)
+    assert hub.count("HEAD", "*/pytorch_model.bin") == hub.count("HEAD") == 39
+    assert hub.count("GET", "*/tree/*") == 2, "one for the names of the files, one for main"
+
+
+def test_of_very_many_those_with_other_files_are_asked_for_by_tree(olmo_7b):
+    hub, by_tree = olmo_7b
+    name = "step9000-tokens36B"
+    hub.set_revision("allenai/OLMo-7B", name, {"config.json": b"{}", "model.safetensors": b"another form"})
+    found = listed(hub, "allenai/OLMo-7B")
+    assert found[name].format == "safetensors"
+    assert hub.count("GET", "*/tree/*") == 3
+    hub.fault("*/pytorch_model.bin", method="HEAD", status=405, times=100)
+    found = listed(hub, "allenai/OLMo-7B")
+    assert {c.name: c.duplicate_of for c in found.values()} == {c.name: c.duplicate_of for c in by_tree.values()}
+    assert hub.count("GET", "*/tree/*") == 41, "a server that does not answer this is asked as always"
+
+
+def test_weights_in_many_files_are_asked_for_by_tree(loopback_hub, monkeypatch):
+    contents = {f"step{n}": bins(*(f"{n} {part}" for part in range(5))) for n in range(8)}
+    loopback_hub.add_repo("org/sharded", revisions=contents)
+    monkeypatch.setattr(listing, "MANY_TREES", 4)
+    assert len(chosen(listed(loopback_hub, "org/sharded"))) == 8
+    assert loopback_hub.count("HEAD") == 0
 
 
 # The rule
@@ -276,14 +353,80 @@ def test_a_sweep_leaves_duplicates_out(loopback_hub, tiny_run, tmp_path, no_figu
     assert set(pl.read_csv(out / "figures" / "loss.csv")["revision"]) == {f"step{step}" for step in (0, 1, 2, 4, 8)}
 
 
-def test_local_duplicates_are_found_once_they_are_read(tiny_run, tmp_path, no_figures, capsys):
-    for name, step in (("checkpoint-0", 0), ("checkpoint-2", 2), ("checkpoint-6", 8), ("checkpoint-8", 8)):
-        (tmp_path / "run" / name).mkdir(parents=True)
+def local_run(folder, tiny_run, steps):
+    """Folders named as these steps, each with the weights of one of the tiny run's."""
+    for name, step in steps.items():
+        (folder / name).mkdir(parents=True)
         for file, source in checkpoint_files(tiny_run, step).items():
-            (tmp_path / "run" / name / file).write_bytes(source.read_bytes())
-    out = tmp_path / "out"
-    arguments = ["--model", str(tmp_path / "run"), "--out", str(out), *PYDOC, "--revisions"]
+            (folder / name / file).write_bytes(source.read_bytes())
+    return folder
+
+
+def test_local_duplicates_are_found_once_they_are_read(tiny_run, tmp_path, no_figures, capsys):
+    steps = {"checkpoint-0": 0, "checkpoint-2": 2, "checkpoint-6": 8, "checkpoint-8": 8}
+    run, out = local_run(tmp_path / "run", tiny_run, steps), tmp_path / "out"
+    arguments = ["--model", str(run), "--out", str(out), *PYDOC, "--revisions"]
     assert cli.run([*arguments, "all"]) == 0
     assert "checkpoint-6 = checkpoint-8" in capsys.readouterr().err
     assert set(rt.read_scores(out)["revision"]) == {"checkpoint-0", "checkpoint-2", "checkpoint-8"}
     assert cli.run([*arguments, "checkpoint-6"]) == 0, "it may be named"
+
+
+def test_local_duplicates_are_replaced_and_told_in_one_line(tiny_run, tmp_path, no_figures, capsys):
+    steps = {f"checkpoint-{n}": 8 for n in (5, 6, 7, 8)} | {f"checkpoint-{n}": n for n in (0, 1, 2, 4)}
+    run, out = local_run(tmp_path / "run", tiny_run, steps), tmp_path / "out"
+    arguments = ["--model", str(run), "--out", str(out), *PYDOC, "--revisions", "linear:4"]
+    assert cli.run(arguments) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
+    assert len(told) == 1
+    assert "= checkpoint-8" in told[0]
+    found = set(rt.read_scores(out)["revision"])
+    assert len(found) == 4
+    assert {"checkpoint-0", "checkpoint-8"} < found <= {f"checkpoint-{n}" for n in (0, 1, 2, 4, 8)}
+
+
+def test_a_sweep_of_very_many_fetches_what_each_has(loopback_hub, tiny_run, tmp_path, no_figures, monkeypatch):
+    """Their configs were not asked for while they were listed; one of them has another length."""
+    hub, out = loopback_hub, tmp_path / "run"
+    served = branches(tiny_run)
+    config = served["step4"]["config.json"].read_bytes()
+    hub.add_repo("me/model", revisions=served | {"step4": served["step4"] | {"config.json": config + b"\n"}})
+    arguments = ["--endpoint", hub.url, "--revisions", "all", "--quiet", *PYDOC]
+    assert cli.run(["--model", "me/model", "--out", str(tmp_path / "few"), *arguments]) == 0
+    monkeypatch.setattr(listing, "MANY_TREES", 3)
+    hub.forget_requests()
+    assert cli.run(["--model", "me/model", "--out", str(out), *arguments]) == 0
+    assert hub.count("HEAD", "*/model.safetensors") >= 4
+    assert_frame_equal(rt.read_scores(out).drop("identity"), rt.read_scores(tmp_path / "few").drop("identity"))
+
+
+def test_named_duplicates_are_scored_marked_and_hatched(loopback_hub, tiny_run, tmp_path, capsys):
+    hub, out = loopback_hub, tmp_path / "run"
+    served = branches(tiny_run)
+    hub.add_repo("me/model", revisions=served | {"step3": served["step8"], "step5": served["step8"]})
+    arguments = ["--model", "me/model", "--endpoint", hub.url, "--out", str(out), *PYDOC]
+    assert cli.run([*arguments, "--revisions", "all,step3"]) == 0
+    told = capsys.readouterr()
+    assert "1 repeats the weights of another and is left out: step5 = step8" in told.err
+    rows = {line.split()[0]: line.split() for line in told.out.splitlines() if line.startswith("step")}
+    assert [row for row in rows if row != "step3"] == [f"step{step}" for step in (0, 1, 2, 4, 8)]
+    assert rows["step3"][2:] == [*rows["step8"][2:], "step8"], "the same numbers, and whose they are"
+    assert set(rt.read_scores(out)["step"]) == {0, 1, 2, 3, 4, 8}
+    table = pl.read_csv(out / "figures" / "importance.csv")
+    empty = (
+        table.filter(pl.col("value").is_null()).select("revision", "duplicate_of", "partial").unique().sort("revision")
+    )
+    assert empty.rows() == [("step3", "step8", False), ("step5", "step8", False)]
+    assert set(pl.read_csv(out / "figures" / "similarity-depth.csv")["step"]) == {0, 1, 2, 4, 8}
+    assert cli.run([*arguments, "--revisions", "all,step3", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["checkpoints"]
+    assert {row["revision"]: row["duplicate_of"] for row in rows if row["duplicate_of"]} == {"step3": "step8"}
+    drawn = (out / "figures" / ".drawn.json").stat().st_mtime_ns
+    assert cli.run([*arguments, "--revisions", "all"]) == 0
+    assert (out / "figures" / ".drawn.json").stat().st_mtime_ns == drawn, "nothing has changed"
+    hub.set_revision("me/model", "step5", served["step4"] | {"note": b"repaired, and wrong again"})
+    assert cli.run([*arguments, "--revisions", "all"]) == 0
+    assert (out / "figures" / ".drawn.json").stat().st_mtime_ns != drawn
+    assert dict(rt.read_duplicates(out).select("revision", "duplicate_of").rows()) == {
+        "step3": "step8", "step4": "step5", "step5": "step4"
+    }  # fmt: skip

@@ -249,14 +249,16 @@ def test_a_run_trained_anew_in_place_shows_the_new_weights(run_folder, tmp_path)
     shutil.copytree(run_folder, again)
     settings = {"model": again, "out": tmp_path / "run", "samples": 4, "sequence_length": 32, "quiet": True}
     before = rt.trace(**settings)
-    shutil.copy(again / "checkpoint-8" / "model.safetensors", again / "checkpoint-1")
-    config = again / "checkpoint-1" / "config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "note": "trained anew"}))
+    for step, other in ((1, 2), (2, 1)):  # each has the other's weights now: new ones, and no two alike
+        folder = again / f"checkpoint-{step}"
+        shutil.copy(run_folder / f"checkpoint-{other}" / "model.safetensors", folder)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "note": "trained anew"}))
     after = rt.trace(**settings)
     assert len(after) == len(before), "one set of rows a checkpoint"
-    values = {step: after.filter(pl.col("step") == step)["value"].to_list() for step in (1, 8)}
-    assert values[1] == values[8]
-    assert len(list((tmp_path / "run" / "scores").iterdir())) == len(RECIPE.saved) + 1
+    old, new = ({s: f.filter(pl.col("step") == s)["value"].to_list() for s in (1, 2, 8)} for f in (before, after))
+    assert (new[1], new[2], new[8]) == (old[2], old[1], old[8])
+    assert len(list((tmp_path / "run" / "scores").iterdir())) == len(RECIPE.saved) + 2
 
 
 def test_another_calibration_adds_rows_and_another_model_or_dtype_is_refused(run_folder, tmp_path, capsys):
@@ -420,8 +422,8 @@ def test_a_finished_run_of_154_is_recognised_at_once(run_folder, tmp_path, monke
     for step in range(154):
         folder = many / f"checkpoint-{step}"
         shutil.copytree(run_folder / "checkpoint-8", folder)
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps({**config, "note": step}))  # each its own commit
+        weights = (folder / "model.safetensors").read_bytes()
+        (folder / "model.safetensors").write_bytes(weights[:-2] + step.to_bytes(2, "big"))  # each its own
     out = tmp_path / "run"
     arguments = ["--model", str(many), "--revisions", "all", "--out", str(out), "--quiet", "--json"]
     small = ["--calibration", "pydoc", "--samples", "1", "--sequence-length", "8"]

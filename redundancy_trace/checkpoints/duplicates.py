@@ -28,15 +28,17 @@ def mark_duplicates(checkpoints: Sequence[Checkpoint]) -> tuple[Checkpoint, ...]
     """
     hashes = {index: found for index, c in enumerate(checkpoints) if (found := _hashes(c)) is not None}
     keepers = _Keepers(checkpoints)
+    equals = _groups((found, index) for index, found in hashes.items())
     exact: dict[int, int] = {}
-    for group in _groups((found, index) for index, found in hashes.items()):
+    for group in equals:
         exact |= keepers.pointers(group)
     partial: dict[int, int] = {}
-    # One of each group of equals stands for it; those that are none of their own have been found out already.
-    single = [index for index in hashes if index not in exact]
+    # One of each group of equals stands for it: the one that is kept, else the first.
+    single = sorted(next((index for index in group if index not in exact), group[0]) for group in equals)
     for group in _groups((file, index) for index in single for file in set(hashes[index])):
         for index, kept in keepers.pointers(group).items():
-            partial.setdefault(index, kept)
+            if index not in exact:
+                partial.setdefault(index, kept)
 
     def name(kept: int | None) -> str | None:
         return None if kept is None else checkpoints[kept].name
@@ -62,7 +64,7 @@ def duplicates_note(checkpoints: Sequence[Checkpoint]) -> str | None:
     ]
     more = f" and {len(left) - 3} more" if len(left) > 3 else ""
     one = len(left) == 1
-    of = sum(c.files is not None for c in checkpoints)
+    of = sum(_hashes(c) is not None for c in checkpoints)
     repeat, are = ("repeats", "is") if one else ("repeat", "are")
     return (
         f"Of {of} checkpoints that were looked at, {len(left)} {repeat} the weights of another and {are} left out: "

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from redundancy_trace.checkpoints.duplicates import duplicates_note, mark_duplicates
-from redundancy_trace.checkpoints.formats import needed_files, raw_state
+from redundancy_trace.checkpoints.formats import needed_files, raw_state, weight_files
 from redundancy_trace.checkpoints.local import FileKey, is_local, local_checkpoints
 from redundancy_trace.checkpoints.ordering import in_training_order
 from redundancy_trace.checkpoints.published import published_checkpoints, with_files, with_own_commits
@@ -20,7 +20,7 @@ from redundancy_trace.hub import Hub, RepoFile
 PARALLEL_TREES = 8
 # The Hub grants an anonymous user 500 calls of its interface in five minutes, and 3,000 questions for one file.
 MANY_TREES = 300
-MOST_HEADS = 2400
+FEW_WEIGHT_FILES = 4
 
 
 def list_checkpoints(
@@ -47,7 +47,9 @@ def list_checkpoints(
         known: An earlier listing of the model: the files of a commit never change, so they are not asked for again.
 
     Returns:
-        Every ref, in training order. Of a repository, files, bytes and format are known of the chosen ones only.
+        Every ref, in training order. Of a repository, files, bytes and format are known of those that were selected,
+        and of those that are known from before. What turns out to repeat the weights of another is marked and, unless
+        it is named, not chosen.
 
     Raises:
         InputError: No such model, no access, no network, or a selector that selects nothing.
@@ -66,7 +68,7 @@ def list_checkpoints(
     if not found and hub.is_offline:
         raise InputError(_nothing_named(model, hub.cached_commits(model)))
     seen = [checkpoint for checkpoint in (*(known or ()), published.main) if checkpoint]
-    listed, notes = _choose(hub, model, found, revisions, seen)
+    listed, notes = _choose(hub, model, _as_known(found, known), revisions, seen)
     if not hub.is_offline:  # there the files of a commit are those that were once asked for
         _refuse_empty(model, listed)
     return Listing(model, "hub", listed, (*published.notes, *notes))
@@ -120,6 +122,13 @@ def reselected(listing: Listing, revisions: str) -> Listing:
     return replace(listing, checkpoints=chosen, notes=tuple(dict.fromkeys(filter(None, (*listing.notes, note)))))
 
 
+def _as_known(checkpoints: tuple[Checkpoint, ...], known: Listing | None) -> tuple[Checkpoint, ...]:
+    """With what an earlier listing knows of the same commits: a duplicate that was found once is not forgotten."""
+    trees = {_place(c): c.files for c in known or () if c.files and c.commit}
+    remembered = [with_files(c, files) if (files := trees.get(_place(c))) else c for c in checkpoints]
+    return mark_duplicates(remembered)
+
+
 def _choose(
     hub: Hub, model: str, found: tuple[Checkpoint, ...], revisions: str, seen: Sequence[Checkpoint]
 ) -> tuple[tuple[Checkpoint, ...], tuple[str, ...]]:
@@ -152,12 +161,11 @@ def _with_main(
 
 
 def _with_choice(checkpoints: Sequence[Checkpoint], revisions: str, model: str) -> tuple[Checkpoint, ...]:
-    try:
-        chosen = set(select(checkpoints, revisions, model))
-    except InputError:
-        if (note := duplicates_note([replace(c, chosen=False) for c in checkpoints])) is None:
-            raise
-        raise InputError(f"--revisions {revisions} selects nothing else of {model}. {note}") from None
+    chosen = set(select(checkpoints, revisions, model))
+    if not chosen:
+        blank = [replace(c, duplicate_of=None, partial_duplicate_of=None) for c in checkpoints]
+        meant = [replace(checkpoints[index], chosen=False) for index in select(blank, revisions, model)]
+        raise InputError(f"--revisions {revisions} selects nothing else of {model}. {duplicates_note(meant)}")
     return tuple(replace(checkpoint, chosen=index in chosen) for index, checkpoint in enumerate(checkpoints))
 
 
@@ -166,29 +174,45 @@ def _with_files(
 ) -> tuple[Checkpoint, ...]:
     """Files, bytes and format of the chosen ones: one request for each commit whose files are not known.
 
-    Of very many commits only the files that have to be fetched are asked for, as they are called in the first: those
-    requests count towards a larger limit of the Hub.
+    Of very many commits only the weight files are asked for, as they are called in the last: those requests count
+    towards a larger limit of the Hub.
     """
     trees = {_place(c): c.files for c in (*seen, *checkpoints) if c.commit and c.files}
     asked = {_place(c): c for c in checkpoints if c.chosen and c.commit and _place(c) not in trees}
     like: tuple[RepoFile, ...] = ()
     if len(asked) > MANY_TREES and len({c.repo for c in asked.values()}) == 1:
-        place, first = next(iter(asked.items()))
-        trees[place] = hub.files(first.repo or model, str(first.commit))
-        like = needed_files(trees[place] or ())
-        del asked[place]
+        place, last = asked.popitem()
+        like = trees[place] = hub.files(last.repo or model, str(last.commit))
 
     def files_of(checkpoint: Checkpoint) -> tuple[RepoFile, ...]:
         repo, commit = checkpoint.repo or model, str(checkpoint.commit)
-        if like and len(like) * len(asked) <= MOST_HEADS:
-            facts = [hub.file_facts(repo, commit, file.path) for file in like]
-            if all(facts):
-                return tuple(filter(None, facts))
-        return hub.files(repo, commit)
+        return _files_like(hub, repo, commit, like) or hub.files(repo, commit)
 
     with ThreadPoolExecutor(PARALLEL_TREES, "listing") as pool:
         trees |= dict(zip(asked, pool.map(files_of, asked.values()), strict=True))
     return tuple(with_files(c, trees[_place(c)]) if c.chosen and c.commit else c for c in checkpoints)
+
+
+def _files_like(hub: Hub, repo: str, commit: str, like: Sequence[RepoFile]) -> tuple[RepoFile, ...]:
+    """The weight files of a commit that are called as those of another, with the config that is to be expected.
+
+    Size and hash of the latter are not known; whoever fetches it has to ask. Nothing where a file is not there, or the
+    weights are in too many files for this to be worth it.
+    """
+    weights = weight_files(like)
+    if not 0 < len(weights.files) <= FEW_WEIGHT_FILES:
+        return ()
+    others = [replace(file, sha256=None, git_sha1=None) for file in needed_files(like) if file not in weights.files]
+    found: list[RepoFile] = []
+    for file in weights.files:
+        try:
+            facts = hub.file_facts(repo, commit, file.path)
+        except InputError:  # a server that does not answer this; what is really wrong, the tree will tell
+            return ()
+        if facts is None or facts.sha256 is None:
+            return ()
+        found.append(facts)
+    return (*others, *found)
 
 
 def _refuse_empty(model: str, checkpoints: Sequence[Checkpoint]) -> None:

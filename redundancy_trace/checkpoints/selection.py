@@ -60,12 +60,12 @@ def select(checkpoints: Sequence[Checkpoint], revisions: str, model: str) -> tup
 
     Args:
         checkpoints: All that are listed, in training order. Those that are marked as repeating another's weights are
-            chosen by name or commit alone.
+            chosen by name or commit alone; `log:` and `linear:` take others in their place, the rest goes without.
         revisions: The selector.
         model: Name of the model, for messages.
 
     Returns:
-        Positions in `checkpoints`, ascending, at least one.
+        Positions in `checkpoints`, ascending; none only where all that is meant repeats another's weights.
 
     Raises:
         InputError: The grammar is not kept, a name is unknown (the nearest are told), or nothing is selected.
@@ -79,8 +79,7 @@ def _select_one(checkpoints: Sequence[Checkpoint], item: str, model: str) -> lis
     named = [index for index, checkpoint in enumerate(checkpoints) if checkpoint.name == item]
     if found := named or _of_commit(checkpoints, item, model):
         return found
-    usable = [index for index, checkpoint in enumerate(checkpoints) if not checkpoint.repeats]
-    return [usable[index] for index in _select_many([checkpoints[index] for index in usable], item, model)]
+    return [index for index in _select_many(checkpoints, item, model) if not checkpoints[index].repeats]
 
 
 def spread(positions: Sequence[float], count: int) -> list[int]:
@@ -134,8 +133,10 @@ def _select_many(checkpoints: Sequence[Checkpoint], item: str, model: str) -> li
         _refuse_unplaced(checkpoints, parsed, item, model)
         if item == "all":
             return parsed
-        within = _COUNTED[word]([checkpoints[index] for index in parsed], _count(item, value, _LEAST[word]))
-        return [parsed[index] for index in within]
+        # A number of models is filled up; each tenth of them stays each tenth.
+        among = parsed if word == "every" else [index for index in parsed if not checkpoints[index].repeats]
+        within = _COUNTED[word]([checkpoints[index] for index in among], _count(item, value, _LEAST[word]))
+        return [among[index] for index in within]
     if colon and word == "stage":
         return _of_stage(checkpoints, item, value, model)
     if match := _RANGE.fullmatch(item):

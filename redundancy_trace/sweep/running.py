@@ -234,10 +234,14 @@ def _with_commits(listing: Listing, remembered: dict[Any, str], revisions: str) 
             return checkpoint
 
     listing = replace(listing, checkpoints=tuple(map(with_commit, listing)))
-    if listing.source == "local" and (again := reselected(listing, revisions)).chosen != listing.chosen:
-        listing, more = _with_commits(again, remembered, revisions)
-        failures = {c.name: reason for c in listing.chosen if (reason := (failures | more).get(c.name)) is not None}
-    return listing, failures
+    if listing.source != "local":
+        return listing, failures
+    again = reselected(listing, revisions)
+    if again.chosen != listing.chosen:
+        # What is to be told of it comes at the end, once.
+        again, more = _with_commits(replace(again, notes=listing.notes), remembered, revisions)
+        failures = {c.name: reason for c in again.chosen if (reason := (failures | more).get(c.name)) is not None}
+    return again, failures
 
 
 def _draw(run: "Run", listing: Listing, calibration: str, reporter: Reporter) -> tuple[Path, ...]:
