@@ -435,6 +435,22 @@ def test_a_tokenizer_beside_an_unknown_config_is_loaded_in_silence(tmp_path: Pat
     assert said == []
 
 
+def test_a_tokenizer_with_a_class_of_its_own_needs_no_code_of_the_repository(tmp_path: Path, plain: Path) -> None:
+    """As original OLMo has it: an auto_map beside a tokenizer.json."""
+    from redundancy_trace.calibration.tokenizers import encode
+
+    folder = shutil.copytree(plain, tmp_path / "model")
+    (folder / "config.json").write_text('{"model_type": "hf_olmo"}')
+    told = json.loads((folder / "tokenizer_config.json").read_text())
+    told |= {"tokenizer_class": "OLMoTokenizer"}
+    told |= {"auto_map": {"AutoTokenizer": ["tokenization_olmo_fast.OLMoTokenizerFast", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(told))
+    (folder / "tokenization_olmo_fast.py").write_text("raise SystemExit('it ran')")
+    found = find_tokenizer([TokenizerSource(folder)])
+    assert found.eos_token_id == EOS
+    assert encode(found, "a text") == encode(find_tokenizer([TokenizerSource(plain)]), "a text")
+
+
 def test_a_named_tokenizer_that_is_none_is_not_replaced(tmp_path: Path, plain: Path) -> None:
     with pytest.raises(InputError, match=f"--tokenizer {tmp_path}: {tmp_path} has no tokenizer"):
         find_tokenizer([TokenizerSource(plain)], named=str(tmp_path))
