@@ -405,3 +405,18 @@ def test_a_sweep_over_it(loopback_hub, tmp_path, no_figures):
     assert frames[0]["tokens"].unique(maintain_order=True).to_list() == [0, 4 * 10**9]
     alone = rt.score_model(tmp_path / "step1000-tokens4B", recorded("olmo_7b")["token_ids"][:2])
     assert sorted(frames[0].filter(step=1000)["value"]) == sorted(alone["value"])
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"n_heads": 5}, "d_model = 32 is no multiple of n_heads = 5"),
+        ({"n_kv_heads": 3}, "n_heads = 4 is no multiple of n_kv_heads = 3"),
+        ({"mlp_hidden_size": 97}, "mlp_hidden_size = 97 is odd"),
+        ({"clip_qkv": -1}, "clip_qkv = -1 is no positive number"),
+        ({"clip_qkv": "much"}, "clip_qkv = 'much' is no positive number"),
+    ],
+)
+def test_sizes_that_do_not_fit_each_other(change, told):
+    with pytest.raises(CheckpointError, match=told):
+        native_config(fields_of("olmo_7b") | {"multi_query_attention": None} | change, MADE / "config.json")

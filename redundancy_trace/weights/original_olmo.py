@@ -107,6 +107,15 @@ def native_config(fields: Mapping[str, Any], file: Path) -> Any:
         inner = _count(given, "mlp_ratio", file) * width
     else:
         inner = _count(given, "mlp_hidden_size", file)
+    shared_heads, clip = _key_value_heads(given, file), given["clip_qkv"]
+    for fits, told in (
+        (width % heads == 0, f"d_model = {width} is no multiple of n_heads = {heads}"),
+        (heads % shared_heads == 0, f"n_heads = {heads} is no multiple of n_kv_heads = {shared_heads}"),
+        (inner % 2 == 0, f"mlp_hidden_size = {inner} is odd, and is to be halved"),
+        (clip is None or (isinstance(clip, int | float) and clip > 0), f"clip_qkv = {clip!r} is no positive number"),
+    ):
+        if not fits:
+            raise CheckpointError(f"{file} cannot be used: {told}.")
     rows = _count(given, "vocab_size" if given["embedding_size"] is None else "embedding_size", file)
     shared = {
         "vocab_size": rows,
@@ -114,7 +123,7 @@ def native_config(fields: Mapping[str, Any], file: Path) -> Any:
         "intermediate_size": inner // 2,  # swiglu: one half is the gate
         "num_hidden_layers": _count(given, "n_layers", file),
         "num_attention_heads": heads,
-        "num_key_value_heads": _key_value_heads(given, file),
+        "num_key_value_heads": shared_heads,
         "max_position_embeddings": _count(given, "max_sequence_length", file),
         "rope_parameters": {"rope_type": "default", "rope_theta": given["rope_theta"]},
         "tie_word_embeddings": given["weight_tying"],
