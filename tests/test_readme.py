@@ -14,7 +14,7 @@ from redundancy_trace.store import SCORE_SCHEMA
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # Of pip, git and pytest, in the commands that install and test.
-OTHERS = {"--no-deps", "--index-url"}
+OTHERS = {"--dist", "--no-deps", "--index-url"}
 
 
 def flags_of(command, capsys):
