@@ -99,6 +99,8 @@ def fetch(
     stopped: Event | None = None,
     room: Room | None = None,
     how: Literal["auto", "file", "stream"] = "file",
+    *,
+    code: bool = False,
 ) -> Fetched:
     """Bring a checkpoint's config and weights to this machine, unless they are here.
 
@@ -114,6 +116,7 @@ def fetch(
         room: Where room on the disk is reserved; None = as much as is free.
         how: `stream` fetches the config alone and leaves the weights to be read from the server; `auto` does so where
             they do not fit the disk.
+        code: Whether the model's own code beside the config is fetched too (`--trust-remote-code`).
 
     Raises:
         CheckpointError: There are no weights, a file cannot be had, or there is no space. What has arrived stays to be
@@ -126,7 +129,7 @@ def fetch(
         raise CheckpointError(f"{checkpoint.name} of {listing_model} has no commit; list the model again.")
     repo = checkpoint.repo or listing_model
     try:
-        files = _needed(repo, checkpoint, hub, commit)
+        files = _needed(repo, checkpoint, hub, commit, code=code)
     except CheckpointError:
         if hub.is_offline:
             raise _not_cached(repo, checkpoint) from None
@@ -230,7 +233,7 @@ def sweep_out(run: Path, listed: Iterable[Checkpoint], scored: Iterable[Checkpoi
     _remove_if_empty(run / ".fetched")
 
 
-def _needed(model: str, checkpoint: Checkpoint, hub: Hub, commit: str) -> tuple[RepoFile, ...]:
+def _needed(model: str, checkpoint: Checkpoint, hub: Hub, commit: str, *, code: bool) -> tuple[RepoFile, ...]:
     """What has to be there of a checkpoint, with paths from the root of the repository."""
     below = f"{checkpoint.subfolder}/" if checkpoint.subfolder else ""
     files = checkpoint.files
@@ -241,7 +244,8 @@ def _needed(model: str, checkpoint: Checkpoint, hub: Hub, commit: str) -> tuple[
     except InputError as error:  # the listing was fine, so it is this one checkpoint
         raise CheckpointError(str(error)) from error
     _check_complete(files, f"{checkpoint.name} of {model}")
-    return tuple(replace(file, path=below + file.path) for file in needed_files(files))
+    own = [file for file in files if code and file.path.endswith(".py") and "/" not in file.path]
+    return tuple(replace(file, path=below + file.path) for file in (*own, *needed_files(files)))
 
 
 def _below(files: Sequence[RepoFile], folder: str) -> tuple[RepoFile, ...]:

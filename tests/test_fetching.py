@@ -149,6 +149,18 @@ def test_files_are_asked_for_where_the_listing_has_none(
         fetch("org/model", gone, hub, tmp_path / "gone")
 
 
+def test_code_of_the_repository_is_fetched_only_where_it_is_trusted(loopback_hub: LoopbackHub, tmp_path: Path) -> None:
+    files = FILES | {"modeling_own.py": b"pass", "scripts/other.py": b"pass"}
+    loopback_hub.add_repo("org/own", revisions={"step5": files})
+    own = list_checkpoints("org/own", "all", endpoint=loopback_hub.url).chosen[0]
+    hub = Hub(loopback_hub.url)
+    assert content(fetch("org/own", own, hub, tmp_path / "without").folder) == NEEDED
+    assert content(fetch("org/own", own, hub, tmp_path / "with", code=True).folder) == NEEDED | {"modeling_own.py"}
+    assert content(fetch("org/own", own, hub, tmp_path / "streamed", how="stream", code=True).folder) == {
+        "config.json", "generation_config.json", "modeling_own.py"
+    }  # fmt: skip
+
+
 def test_fetch_under_faults(loopback_hub: LoopbackHub, step: Checkpoint, hub: Hub, into: Path) -> None:
     loopback_hub.fault("*/resolve/*", status=503, times=3, method="GET")
     loopback_hub.fault("*/model.safetensors", cut_at=10_000, method="GET")

@@ -97,9 +97,9 @@ def test_the_share_of_the_disk_is_kept(served, size, tmp_path, no_figures, capsy
     most = 0
     begin = pipeline.fetch
 
-    def watched(*given):
+    def watched(*given, **more):
         nonlocal most
-        found = begin(*given)
+        found = begin(*given, **more)
         most = max(most, sum(path.stat().st_size for path in (tmp_path / "one").rglob("model.safetensors")))
         return found
 

@@ -116,7 +116,15 @@ def _fetching(
     def work(task: Task, stopped: Event) -> Fetched:
         reporter.fetching(task.checkpoint.name, task.checkpoint.bytes if task.checkpoint.path is None else None)
         return fetch(
-            listing.model, task.checkpoint, hub, place_of(folder, task.checkpoint), reporter.moved, stopped, room, how
+            listing.model,
+            task.checkpoint,
+            hub,
+            place_of(folder, task.checkpoint),
+            reporter.moved,
+            stopped,
+            room,
+            how,
+            code=settings.trust_remote_code,
         )
 
     def begin(task: Task) -> "Future[Fetched]":
