@@ -5,6 +5,7 @@ More rounds: `python -m benchmarks faults`.
 
 import http.client
 import random
+import time
 import urllib.request
 
 import pytest
@@ -30,24 +31,24 @@ def files() -> list[Round]:
 
 
 def test_a_seed_tells_what_each_request_meets():
-    def met(seed: int) -> tuple[list[int], dict[str, int]]:
+    """What the server does, that is; how much of a cut body arrives is the network's affair."""
+
+    def met(seed: int) -> dict[str, int]:
         with LoopbackHub() as hub:
             hub.add_repo("me/model", revisions={"main": {"x.bin": bytes(1000)}})
             hub.chaos(random.Random(seed), rate=0.5, kinds=dict.fromkeys(CHAOS, 1.0))
-            lengths = []
             for _ in range(300):
                 try:
                     with urllib.request.urlopen(f"{hub.url}/me/model/resolve/main/x.bin") as answer:
-                        lengths.append(len(answer.read()))
-                except OSError:
-                    lengths.append(-1)
-                except http.client.IncompleteRead as error:
-                    lengths.append(len(error.partial))
-            return lengths, dict(hub.met)
+                        answer.read()
+                except (OSError, http.client.HTTPException):
+                    pass
+            time.sleep(0.3)  # the last answers are counted once they are sent
+            return dict(hub.met)
 
     first = met(1)
     assert met(1) == first != met(2)
-    assert set(first[1]) == set(CHAOS) - {"whole"}, "nobody asks for a range here"
+    assert set(first) == set(CHAOS) - {"whole"}, "nobody asks for a range here"
 
 
 def test_undisturbed_no_byte_is_fetched_twice(rounds):
