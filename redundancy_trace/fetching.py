@@ -17,6 +17,7 @@ from redundancy_trace.hub import Hub, RemoteFolder, RepoFile, Stopped, is_refuse
 from redundancy_trace.locking import try_lock
 
 _TURN_SECONDS = 0.2
+_TRANSIT = ".fetched"
 _KEPT = ".kept"
 
 
@@ -215,7 +216,7 @@ def keep(fetched: Fetched) -> None:
 def place_of(run: Path, checkpoint: Checkpoint) -> Path:
     """Where in a run what is fetched of a checkpoint stays until it is scored."""
     inside = (checkpoint.subfolder or "").replace("/", "--")
-    return run / ".fetched" / "-".join(filter(None, (checkpoint.commit, inside)))
+    return run / _TRANSIT / "-".join(filter(None, (checkpoint.commit, inside)))
 
 
 def sweep_out(run: Path, listed: Iterable[Checkpoint], scored: Iterable[Checkpoint]) -> None:
@@ -227,10 +228,15 @@ def sweep_out(run: Path, listed: Iterable[Checkpoint], scored: Iterable[Checkpoi
         scored: Those with scores.
     """
     stays = {place_of(run, checkpoint) for checkpoint in listed} - {place_of(run, done) for done in scored}
-    for folder in (run / ".fetched").glob("*"):
+    for folder in (run / _TRANSIT).glob("*"):
         if folder not in stays and not (folder / _KEPT).exists():
             abandon(folder)
-    _remove_if_empty(run / ".fetched")
+    close_transit(run)
+
+
+def close_transit(run: Path) -> None:
+    """Remove the folder of what is in transit, unless something is still there."""
+    _remove_if_empty(run / _TRANSIT)
 
 
 def _needed(model: str, checkpoint: Checkpoint, hub: Hub, commit: str, *, code: bool) -> tuple[RepoFile, ...]:
@@ -334,7 +340,7 @@ def _remove_if_empty(folder: Path) -> None:
     try:
         folder.rmdir()
     except OSError:
-        return
+        return  # not empty, or not there
 
 
 def _is_full(error: BaseException | None) -> bool:
@@ -344,8 +350,7 @@ def _is_full(error: BaseException | None) -> bool:
 def _disk_error(error: BaseException, folder: Path, files: Sequence[RepoFile], name: str) -> CheckpointError:
     if _is_full(error) or _is_full(error.__cause__):
         parent = next(path for path in folder.parents if path.exists())
-        needed = sum(file.size for file in files)
-        return CheckpointError(_no_space(name, parent, needed, shutil.disk_usage(parent).free))
+        return CheckpointError(_no_space(name, parent, _size(files), shutil.disk_usage(parent).free))
     return CheckpointError(f"{name} cannot be stored: {error}.")
 
 

@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 _HOME = tempfile.mkdtemp(prefix="redundancy-trace-tests-")
 atexit.register(shutil.rmtree, _HOME, ignore_errors=True)
@@ -27,6 +28,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import pytest  # noqa: E402 - after the environment
 from hypothesis import settings  # noqa: E402
 from loopback_hub import LoopbackHub  # noqa: E402
+
+if TYPE_CHECKING:
+    import polars as pl
 
 # The same examples every time, and no limit on one: other processes keep this machine busy.
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
@@ -75,6 +79,22 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from redundancy_trace.demo import train_demo
 
     return train_demo(tmp_path_factory.mktemp("trained") / "tiny-run", recipe=RECIPE)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> "pl.DataFrame":
+    """The table of a sweep of the local files that nothing disturbed."""
+    from tiny_runs import PYDOC
+
+    from redundancy_trace import cli
+    from redundancy_trace.store import read_scores
+    from redundancy_trace.sweep import running
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(running, "_draw", lambda *_: ())
+        out = tmp_path_factory.mktemp("undisturbed") / "run"
+        assert cli.run(["--model", str(tiny_run), "--out", str(out), "--quiet", *PYDOC]) == 0
+    return read_scores(out)
 
 
 @pytest.fixture

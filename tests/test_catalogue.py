@@ -10,7 +10,7 @@ from polars.testing import assert_frame_equal
 from tiny_runs import PYDOC, STEPS, checkpoint_files, leftovers, numbers
 
 import redundancy_trace as rt
-from redundancy_trace import cli, sweep
+from redundancy_trace import cli
 from redundancy_trace.checkpoints import Checkpoint, list_checkpoints, parse_name
 from redundancy_trace.checkpoints.ordering import in_training_order, training_positions
 from redundancy_trace.checkpoints.tokens import with_tokens
@@ -618,16 +618,6 @@ def test_tokens_are_not_fitted_where_a_step_does_not_stay_as_long() -> None:
 
 
 # The whole way
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tiny_run, tmp_path_factory):
-    """The table of a sweep of the local files."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sweep.running, "_draw", lambda *_: ())
-        out = tmp_path_factory.mktemp("undisturbed") / "run"
-        assert cli.run(["--model", str(tiny_run), "--out", str(out), "--quiet", *PYDOC]) == 0
-    return rt.read_scores(out)
 
 
 def test_a_sweep_over_folders_of_one_commit(loopback_hub, tiny_run, undisturbed, tmp_path, no_figures, hub_cache):

@@ -27,16 +27,6 @@ from redundancy_trace.errors import CheckpointError, InputError
 from redundancy_trace.store import read_distances, read_failures, read_run
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tiny_run, tmp_path_factory):
-    """The table of a sweep of the local files that nothing disturbed."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sweep.running, "_draw", lambda *_: ())
-        out = tmp_path_factory.mktemp("undisturbed") / "run"
-        assert cli.run(["--model", str(tiny_run), "--out", str(out), "--quiet", *PYDOC]) == 0
-    return rt.read_scores(out)
-
-
 @pytest.fixture
 def scored(monkeypatch):
     """Names of the folders that the engine has been given."""

@@ -143,16 +143,11 @@ def _checkpoint(folder: Path, remembered: Mapping[FileKey, str]) -> Checkpoint:
         name=folder.name,
         kind="local",
         commit=local_commit(folder, dict(remembered)) if known else None,
-        stage=parsed.stage,
-        ingredient=parsed.ingredient,
-        seed=parsed.seed,
-        step=parsed.step,
-        tokens=parsed.tokens,
-        index=parsed.index,
         path=folder,
         files=files,
         bytes=weights.bytes,
         format=weights.format,
+        **parsed.fields(),
     )
 
 

@@ -5,8 +5,8 @@ training checkpoint as far as its name tells (`main`, `fp32`, `it-SFT`).
 """
 
 import re
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 Where = Literal["ref", "folder", "repo"]
 
@@ -32,6 +32,10 @@ class ParsedName:
     ingredient: int | None = None
     seed: str | None = None
     tag: str | None = None
+
+    def fields(self) -> dict[str, Any]:
+        """What a checkpoint takes over: all but the tag."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "tag"}
 
 
 _TOKENS = r"(?P<tokens>\d+(?:\.\d+)?)"

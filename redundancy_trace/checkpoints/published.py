@@ -189,15 +189,4 @@ def _parse_folder(folder: str) -> tuple[ParsedName, str | None] | None:
 
 
 def _checkpoint(name: str, kind: CheckpointKind, commit: str | None, parsed: ParsedName | None) -> Checkpoint:
-    said = parsed or ParsedName()
-    return Checkpoint(
-        name=name,
-        kind=kind,
-        commit=commit,
-        stage=said.stage,
-        ingredient=said.ingredient,
-        seed=said.seed,
-        step=said.step,
-        tokens=said.tokens,
-        index=said.index,
-    )
+    return Checkpoint(name=name, kind=kind, commit=commit, **(parsed or ParsedName()).fields())

@@ -126,7 +126,7 @@ class Hub:
         from huggingface_hub import get_session
         from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
 
-        address = f"{self.url}/{_checked(repo)}/resolve/{commit}/{quote(path)}"
+        address = self._address(repo, commit, path)
         headers = {**build_hf_headers(token=self.token), "Accept-Encoding": "identity"}
 
         def ask() -> Any:
@@ -193,11 +193,12 @@ class Hub:
         with self._told(CheckpointError, repo, commit):
             download_files(remotes, Meter(on_bytes, stopped))
 
-    def remote_file(self, repo: str, commit: str, file: RepoFile, kind: RepoKind = "model") -> RemoteFile:
+    def remote_file(self, repo: str, commit: str, file: RepoFile) -> RemoteFile:
         """A file of a commit, to be read by ranges; nothing is asked for yet."""
-        prefix = "datasets/" if kind == "dataset" else ""
-        address = f"{self.url}/{prefix}{_checked(repo)}/resolve/{commit}/{quote(file.path)}"
-        return RemoteFile(self.url, address, file.size, self.token)
+        return RemoteFile(self.url, self._address(repo, commit, file.path), file.size, self.token)
+
+    def _address(self, repo: str, commit: str, path: str) -> str:
+        return f"{self.url}/{_checked(repo)}/resolve/{commit}/{quote(path)}"
 
     def remote_folder(
         self,

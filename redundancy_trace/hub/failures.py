@@ -61,6 +61,20 @@ def retried(call: Callable[[], T], *, patient: bool, stopped: threading.Event | 
     return retrying(call)
 
 
+def persisted(attempt: Callable[[], None], position: Callable[[], int], stop: int, stopped: threading.Event) -> None:
+    """Attempt again until `position` has reached `stop`; as long as something arrives, it is gone on with.
+
+    Raises:
+        Exception: The last failure, as it came, once nothing has arrived since the one before or it cannot pass.
+    """
+    while (before := position()) < stop:
+        try:
+            retried(attempt, patient=True, stopped=stopped)
+        except Exception as error:
+            if position() == before or not may_pass(error) or stopped.is_set():
+                raise
+
+
 def root_of(error: BaseException | None) -> BaseException | None:
     """What really happened: huggingface_hub wraps a failed HEAD in LocalEntryNotFoundError."""
     from huggingface_hub.errors import LocalEntryNotFoundError

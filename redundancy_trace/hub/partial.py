@@ -42,8 +42,7 @@ class PartialFile:
         self._done = self._kept()
         if self._done is None:
             self._begin()
-        self._data = self._data_path.open("r+b", buffering=0)
-        self._ledger = self._done_path.open("r+b", buffering=0)
+        self._open()
 
     @property
     def parts(self) -> range:
@@ -100,8 +99,7 @@ class PartialFile:
         """Forget what has arrived."""
         self.close()
         self._begin()
-        self._data = self._data_path.open("r+b", buffering=0)
-        self._ledger = self._done_path.open("r+b", buffering=0)
+        self._open()
 
     def finish(self) -> None:
         """Give the whole file its name."""
@@ -136,6 +134,10 @@ class PartialFile:
             for at in range(0, len(counters), _COUNTER_BYTES)
         ]
         return done if all(n <= self.stop(part) - part * self._size for part, n in enumerate(done)) else None
+
+    def _open(self) -> None:
+        self._data = self._data_path.open("r+b", buffering=0)
+        self._ledger = self._done_path.open("r+b", buffering=0)
 
     def _begin(self) -> None:
         self._done = [0] * self._count

@@ -5,7 +5,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import closing
 
 from redundancy_trace.errors import CheckpointError
-from redundancy_trace.hub.failures import may_pass, retried
+from redundancy_trace.hub.failures import persisted
 from redundancy_trace.hub.progress import Meter
 from redundancy_trace.hub.ranges import RangesIgnored, RemoteFile
 
@@ -77,13 +77,9 @@ class RemoteFolder:
                     into[position - start : position - start + len(chunk)] = chunk
                     position += len(chunk)
 
-        while (before := position) < stop:
-            try:
-                retried(attempt, patient=True, stopped=self._meter.stopped)
-            except RangesIgnored:
-                raise CheckpointError(
-                    f"The server does not serve ranges of {path}, so it cannot be streamed; use --fetch file."
-                ) from None
-            except Exception as error:
-                if position == before or not may_pass(error) or self._meter.stopped.is_set():
-                    raise
+        try:
+            persisted(attempt, lambda: position, stop, self._meter.stopped)
+        except RangesIgnored:
+            raise CheckpointError(
+                f"The server does not serve ranges of {path}, so it cannot be streamed; use --fetch file."
+            ) from None

@@ -1,12 +1,12 @@
 """Files of a commit → this disk: in parts and in parallel, taken up again where they stopped, checked at the end."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from redundancy_trace.hub.failures import may_pass, retried
+from redundancy_trace.hub.failures import persisted
 from redundancy_trace.hub.partial import PartialFile
 from redundancy_trace.hub.progress import Meter
 from redundancy_trace.hub.ranges import RangesIgnored, RemoteFile, WrongContent
@@ -26,19 +26,12 @@ class _Transfer:
 
     def fetch_part(self, part: int) -> None:
         """Fetch what is missing of a part; as long as something arrives, it is gone on with."""
+        partial, stopped = self.partial, self.meter.stopped
         try:
-            self._persist(lambda: self.partial.position(part), lambda: self._ranged(part), self.partial.stop(part))
+            persisted(lambda: self._ranged(part), lambda: partial.position(part), partial.stop(part), stopped)
         except RangesIgnored:
-            with self.partial.whole:  # one thread reads the file in one go; the others then have nothing left to do
-                self._persist(self._missing_from, self._in_one_go, self.partial.file.size)
-
-    def _persist(self, position: Callable[[], int], attempt: Callable[[], None], stop: int) -> None:
-        while (before := position()) < stop:
-            try:
-                retried(attempt, patient=True, stopped=self.meter.stopped)
-            except Exception as error:
-                if position() == before or not may_pass(error) or self.meter.stopped.is_set():
-                    raise
+            with partial.whole:  # one thread reads the file in one go; the others then have nothing left to do
+                persisted(self._in_one_go, self._missing_from, partial.file.size, stopped)
 
     def _ranged(self, part: int) -> None:
         position, stop = self.partial.position(part), self.partial.stop(part)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from redundancy_trace.checkpoints import Listing
 from redundancy_trace.errors import InputError, TraceError
-from redundancy_trace.fetching import Fetched, Room, abandon, discard, fetch, keep, leave, place_of
+from redundancy_trace.fetching import Fetched, Room, abandon, close_transit, discard, fetch, keep, leave, place_of
 from redundancy_trace.hub import Hub
 from redundancy_trace.progress import Reporter
 from redundancy_trace.settings import TraceSettings, parse_bytes
@@ -152,14 +152,7 @@ def _fetching(
     else:
         pool.shutdown()
     finally:
-        _remove_if_empty(folder / ".fetched")
-
-
-def _remove_if_empty(folder: Path) -> None:
-    try:
-        folder.rmdir()
-    except OSError:
-        return  # another process fetches there, or it was never made
+        close_transit(folder)
 
 
 def _reason(error: Exception) -> str:

@@ -57,14 +57,18 @@ class _Place:
         in_front = 0 if self.name_bytes is None else _ZIP_HEADER.size + self.name_bytes + _ZIP_EXTRA_MOST
         return self.start + in_front + self.size
 
+    def in_front(self, piece: memoryview | bytearray) -> int:
+        """Bytes of a torch zip's record in front of its storage, as the header there tells; 0 in safetensors."""
+        if self.name_bytes is None:
+            return 0
+        signature, name, extra = _ZIP_HEADER.unpack_from(piece)
+        if signature != b"PK\3\4" or name != self.name_bytes or extra > _ZIP_EXTRA_MOST:
+            raise CheckpointError(f"{self.path} is no torch file that can be streamed; use --fetch file.")
+        return _ZIP_HEADER.size + int(name) + int(extra)
+
     def tensor(self, piece: memoryview) -> Tensor:
         """The tensor in the bytes from `start`, without a copy."""
-        skipped = 0
-        if self.name_bytes is not None:
-            signature, name, extra = _ZIP_HEADER.unpack_from(piece)
-            if signature != b"PK\3\4" or name != self.name_bytes or extra > _ZIP_EXTRA_MOST:
-                raise CheckpointError(f"{self.path} is no torch file that can be streamed; use --fetch file.")
-            skipped = _ZIP_HEADER.size + name + extra
+        skipped = self.in_front(piece)
         if not self.size:
             return torch.empty(self.shape, dtype=self.dtype)
         flat = torch.frombuffer(piece[skipped : skipped + self.size], dtype=self.dtype)
@@ -91,12 +95,8 @@ class RemoteWeights(WeightFiles):
             here = {name: place for name, place in places.items() if place.path == path}
             size = self._remote.size(path)
             spans = [(place.start, min(place.stop, size)) for place in here.values()]
-            merged = merge_spans(spans, waste)
-            pieces = self._remote.read(path, merged)
-            for (name, place), (start, stop) in zip(here.items(), spans, strict=True):
-                number = next(i for i, (first, last) in enumerate(merged) if first <= start and stop <= last)
-                first = merged[number][0]
-                found[name] = place.tensor(memoryview(pieces[number])[start - first : stop - first])
+            pieces = self._pieces(path, spans, waste)
+            found |= {name: place.tensor(piece) for (name, place), piece in zip(here.items(), pieces, strict=True)}
         return found
 
     def slices(self, names: Iterable[str]) -> dict[str, Any]:
@@ -128,15 +128,21 @@ class RemoteWeights(WeightFiles):
         width = place.size // max(1, place.shape[0])
         start = self._start_of_storage(place)
         spans = [(start + row * width, start + (row + 1) * width) for row in rows.tolist()]
-        merged = merge_spans(sorted(set(spans)), int(_WASTE / 4 * self._size))
-        pieces = self._remote.read(place.path, merged)
-        starts = [first for first, _ in merged]
         found = torch.empty((len(spans), *place.shape[1:]), dtype=place.dtype)
         flat = found.view(len(spans), -1).view(torch.uint8)
-        for number, (first, last) in enumerate(spans):
-            at = bisect.bisect_right(starts, first) - 1
-            piece = memoryview(pieces[at])[first - starts[at] : last - starts[at]]
+        for number, piece in enumerate(self._pieces(place.path, spans, int(_WASTE / 4 * self._size))):
             flat[number] = torch.frombuffer(piece, dtype=torch.uint8)
+        return found
+
+    def _pieces(self, path: str, spans: Sequence[tuple[int, int]], waste: int) -> list[memoryview]:
+        """The bytes of each span, asked for together with their neighbours."""
+        merged = merge_spans(spans, waste)
+        pieces = self._remote.read(path, merged)
+        starts = [first for first, _ in merged]
+        found = []
+        for start, stop in spans:
+            at = bisect.bisect_right(starts, start) - 1
+            found.append(memoryview(pieces[at])[start - starts[at] : stop - starts[at]])
         return found
 
     @property
@@ -147,10 +153,7 @@ class RemoteWeights(WeightFiles):
         if place.name_bytes is None:
             return place.start
         (header,) = self._remote.read(place.path, [(place.start, place.start + _ZIP_HEADER.size)])
-        signature, name, extra = _ZIP_HEADER.unpack(header)
-        if signature != b"PK\3\4":
-            raise CheckpointError(f"{place.path} is no torch file that can be streamed; use --fetch file.")
-        return place.start + _ZIP_HEADER.size + int(name) + int(extra)
+        return place.start + place.in_front(header)
 
 
 def open_remote_weights(folder: Path, remote: RemoteFolder) -> RemoteWeights:
