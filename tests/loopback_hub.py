@@ -457,6 +457,9 @@ class _Refusal(Exception):
             self.headers["X-Error-Code"] = code
 
 
+EXPIRED_TOKEN = "hf_expired"
+# Valid, of a user who has no right to any private repository.
+STRANGERS_TOKEN = "hf_stranger"
 _API = re.compile(r"/api/(model|dataset)s/([^/]+/[^/]+?)(?:/(refs|revision|tree|paths-info|auth-check)(?:/(.*))?)?")
 _RESOLVE = re.compile(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 
@@ -525,8 +528,11 @@ def _handler(hub: LoopbackHub) -> type[BaseHTTPRequestHandler]:
 
         def repo(self, kind: str, name: str) -> Repo:
             repo = hub.repos.get((kind, name))
-            if repo is None or (repo.private and "Authorization" not in self.headers):
-                raise _Refusal(401 if repo else 404, "RepoNotFound", "Repository not found")
+            token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+            if token == EXPIRED_TOKEN:
+                raise _Refusal(401, None, "Invalid credentials in Authorization header")
+            if repo is None or (repo.private and token in ("", STRANGERS_TOKEN)):
+                raise _Refusal(404 if token else 401, "RepoNotFound" if token else None, "Repository not found")
             return repo
 
         def commit(self, repo: Repo, revision: str) -> tuple[str, dict[str, Blob]]:

@@ -52,7 +52,7 @@ def test_a_seed_tells_what_each_request_meets():
 
 
 def test_undisturbed_no_byte_is_fetched_twice(rounds):
-    assert rounds.bytes == rounds.bytes_of_weights
+    assert rounds.bytes_of_weights < rounds.bytes < 1.02 * rounds.bytes_of_weights, "and a hundredth for the rate"
 
 
 @pytest.mark.slow

@@ -202,7 +202,7 @@ def test_an_interrupted_download_is_gone_on_with(
     assert not into.exists()
 
 
-@pytest.mark.parametrize(("status", "told"), [(503, "answered 503"), (401, "expired token"), (403, "refuses access")])
+@pytest.mark.parametrize(("status", "told"), [(503, "answered 503"), (401, "hf auth login"), (403, "refuses access")])
 def test_a_broken_connection_or_an_expired_token_leaves_what_has_arrived(
     loopback_hub: LoopbackHub, step: Checkpoint, hub: Hub, into: Path, status: int, told: str
 ) -> None:

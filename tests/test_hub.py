@@ -6,7 +6,7 @@ from email.utils import format_datetime
 from pathlib import Path
 
 import pytest
-from loopback_hub import LoopbackHub
+from loopback_hub import EXPIRED_TOKEN, STRANGERS_TOKEN, LoopbackHub
 
 from redundancy_trace.errors import CheckpointError, InputError
 from redundancy_trace.hub import Hub, RepoFile, failures
@@ -124,7 +124,9 @@ def test_lasting_server_error_is_told(served: LoopbackHub, tmp_path: Path) -> No
 
 
 def test_unknown_repository(loopback_hub: LoopbackHub) -> None:
-    with pytest.raises(InputError, match=r"org/nope was not found .*HF_TOKEN .*no folder org/nope here either"):
+    with pytest.raises(
+        InputError, match=r"org/nope was not found .*HF_TOKEN\. There is no folder org/nope here either"
+    ):
         Hub(loopback_hub.url).refs("org/nope")
 
 
@@ -141,10 +143,23 @@ def test_unknown_repository_may_be_a_mistyped_folder(
     assert "folder" not in str(told.value)
 
 
-def test_private_repository_looks_unknown(loopback_hub: LoopbackHub) -> None:
+def test_private_repository_looks_unknown_to_strangers(loopback_hub: LoopbackHub) -> None:
     loopback_hub.add_repo("org/secret", revisions={"main": FILES}, private=True)
-    with pytest.raises(InputError, match="private or gated"):
-        Hub(loopback_hub.url).refs("org/secret")
+    for name in ("org/secret", "org/nope"):
+        with pytest.raises(InputError, match=f"{name} was not found .* none of that name, or it is private.*log in"):
+            Hub(loopback_hub.url).refs(name)
+        with pytest.raises(InputError, match=f"{name} was not found .* your token has no right to it"):
+            Hub(loopback_hub.url, STRANGERS_TOKEN).refs(name)
+        with pytest.raises(InputError, match=r"does not accept your token \(401\): it has expired"):
+            Hub(loopback_hub.url, EXPIRED_TOKEN).refs(name)
+    assert Hub(loopback_hub.url, "hf_owner").refs("org/secret")
+
+
+def test_a_repository_that_was_renamed(served: LoopbackHub) -> None:
+    refs = Hub(served.url).refs("org/model")
+    assert Hub(served.url).refs_and_name("org/model") == (refs, "org/model")
+    served.rename("old-org/old", "org/model")
+    assert Hub(served.url).refs_and_name("old-org/old") == (refs, "org/model")
 
 
 def test_bare_401_is_told_like_an_unknown_repository(served: LoopbackHub) -> None:

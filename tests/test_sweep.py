@@ -1,5 +1,6 @@
 """The order of the work: what is asked of the Hub, what is scored again and what is not, what a fault leaves."""
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -18,7 +19,19 @@ import pytest
 import torch
 from polars.testing import assert_frame_equal
 from safetensors.torch import load_file, save
-from tiny_runs import PYDOC, SHAPE, STEPS, Sweeps, branches, c4, checkpoint_files, leftovers, numbers, token_file
+from tiny_runs import (
+    PYDOC,
+    SHAPE,
+    STEPS,
+    Sweeps,
+    branches,
+    c4,
+    checkpoint_files,
+    leftovers,
+    numbers,
+    token_file,
+    weights_asked,
+)
 
 import redundancy_trace as rt
 from redundancy_trace import cli, engine, sweep
@@ -80,7 +93,7 @@ def test_a_hub_model_with_no_more_than_its_name(loopback_hub, tiny_run, tmp_path
 
     paths = [request.path for request in hub.matching("GET", "*/resolve/*")]
     assert all(re.search(r"/resolve/[0-9a-f]{40}/", path) for path in paths), "by commit, never by name"
-    assert sorted(path for path in paths if path.endswith(".safetensors")) == sorted(
+    assert sorted(weights_asked(hub)) == sorted(
         f"/me/model/resolve/{commit}/model.safetensors" for commit in commits.values()
     )
     assert not [path for path in paths if path.endswith(".bin")], "no optimizer states, no arguments of the training"
@@ -449,7 +462,7 @@ def test_interrupted_it_ends_at_once_and_goes_on(loopback_hub, tiny_run, tmp_pat
         hub.fault("*/model.safetensors", status=503, retry_after=60, times=9)
     pid = sweeps.start(*arguments, "--fetch", "file", told=tmp_path / "told")
     deadline = time.monotonic() + 30
-    while not hub.count("GET", "*/model.safetensors") and time.monotonic() < deadline:
+    while not weights_asked(hub) and time.monotonic() < deadline:
         time.sleep(0.05)
     time.sleep(1.5)
     started = time.monotonic()
@@ -493,9 +506,9 @@ def test_interrupted_while_it_is_scored_a_checkpoint_is_not_fetched_again(
     with monkeypatch.context() as patch:
         patch.setattr(f"redundancy_trace.{at}", interrupted)
         assert sweep_hub(hub, out, "--quiet", *PYDOC) == cli.INTERRUPTED
-    assert hub.count("GET", "*/model.safetensors")
+    assert weights_asked(hub)
     assert sweep_hub(hub, out, "--quiet", *PYDOC) == 0
-    assert hub.count("GET", f"*/{hub.commit('me/model', 'step0')}/model.safetensors") == 1
+    assert len(weights_asked(hub, f"*/{hub.commit('me/model', 'step0')}/*.safetensors")) == 1
     assert_frame_equal(numbers(rt.read_scores(out)), numbers(undisturbed))
     assert not leftovers(out)
 
@@ -542,3 +555,26 @@ def test_a_full_disk(loopback_hub, tiny_run, tmp_path, no_figures, capsys):
         assert sweep_hub(loopback_hub, disk / "run", "--quiet", "--revisions", "step8", *PYDOC) == 0, "it is streamed"
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_an_interrupt_that_python_drops_is_met_before_the_next_checkpoint(
+    loopback_hub, tiny_run, tmp_path, no_figures, monkeypatch
+):
+    """Python swallows what is raised in the callback of a weak reference."""
+    from redundancy_trace import engine
+
+    hub, out = loopback_hub, tmp_path / "run"
+    hub.add_repo("me/model", revisions=branches(tiny_run))
+    real, before = engine.score_checkpoint, signal.getsignal(signal.SIGINT)
+
+    def dropped(*given, **more):
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        return real(*given, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "score_checkpoint", dropped)
+        assert sweep_hub(hub, out, "--quiet", *PYDOC) == cli.INTERRUPTED
+    assert signal.getsignal(signal.SIGINT) is before
+    assert len(list((out / "scores").iterdir())) == 1, "what was finished is stored"
+    assert sweep_hub(hub, out, "--quiet", *PYDOC) == 0

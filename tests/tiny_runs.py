@@ -9,6 +9,7 @@ from typing import IO
 
 import numpy as np
 import polars as pl
+from loopback_hub import LoopbackHub
 
 from redundancy_trace.calibration.texts import pydoc_topics
 from redundancy_trace.demo import Recipe
@@ -58,6 +59,16 @@ def token_file(path: Path, high: int = 320, seed: int = 0) -> str:
     """A calibration of random token ids below `high`, as `--calibration` takes it."""
     np.save(path, np.random.default_rng(seed).integers(0, high, size=(4, 32)))
     return f"tokens:{path}"
+
+
+def weights_asked(hub: LoopbackHub, pattern: str = "*/model.safetensors") -> list[str]:
+    """Paths of the requests for weights, but for the one that a sweep measures the rate with: some first kilobytes."""
+
+    def measures(span: str) -> bool:
+        first, last = span.removeprefix("bytes=").split("-") if span else ("", "")
+        return first == "0" and last != "" and int(last) < 2**14
+
+    return [one.path for one in hub.matching("GET", pattern) if not measures(one.headers.get("Range", ""))]
 
 
 class Sweeps:

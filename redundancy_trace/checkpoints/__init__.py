@@ -24,6 +24,7 @@ from redundancy_trace.checkpoints.local import FileKey, hashed, is_local, local_
 from redundancy_trace.checkpoints.names import ParsedName, parse_name
 from redundancy_trace.checkpoints.ordering import endpoints_first
 from redundancy_trace.checkpoints.records import Checkpoint, CheckpointKind, Listing
+from redundancy_trace.checkpoints.selection import selector_items
 
 __all__ = [
     "TOKENIZER_FILES",
@@ -44,6 +45,7 @@ __all__ = [
     "raw_state",
     "remembered_from_json",
     "reselected",
+    "selector_items",
     "tokenizer_files",
     "weight_files",
 ]

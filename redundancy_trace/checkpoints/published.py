@@ -112,13 +112,14 @@ def _refuse_raw(model: str, found: Iterable[Checkpoint], files: Sequence[RepoFil
 
 
 def _refs(hub: Hub, model: str) -> tuple[str | None, tuple[Ref, ...]]:
-    """The refs of a model, under its present name (which is then told) if the Hub no longer knows the old one."""
+    """The refs of a model, and its present name (which is then told) where it has been renamed."""
     try:
-        return None, hub.refs(model)
+        refs, name = hub.refs_and_name(model)
     except InputError:
         if (repo := moved_to(model)) is None:
             raise
-    return repo, hub.refs(repo)
+        return repo, hub.refs(repo)
+    return None if name == model else name, refs
 
 
 def _of_refs(refs: Iterable[Ref], repo: str | None) -> tuple[Checkpoint, ...]:

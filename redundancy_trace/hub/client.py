@@ -78,16 +78,26 @@ class Hub:
         Raises:
             InputError: No such repository, no access, or no answer.
         """
+        return self.refs_and_name(repo, kind)[0]
+
+    def refs_and_name(self, repo: str, kind: RepoKind = "model") -> tuple[tuple[Ref, ...], str]:
+        """What `refs` gives, and the name that the repository has now: the server leads on from one it had before.
+
+        Raises:
+            InputError: As for `refs`.
+        """
         if self.is_offline:
-            return cached_refs(_checked(repo), kind)
+            return cached_refs(_checked(repo), kind), repo
         with self._told(InputError, repo, kind=kind):
-            body, _ = self._get_json(f"/api/{kind}s/{_checked(repo)}/refs")
-            return tuple(
+            answer, body = self._get_json(f"/api/{kind}s/{_checked(repo)}/refs")
+            found = tuple(
                 # A convert is only found by its full name.
                 Ref(item["ref" if ref_kind == "other" else "name"], ref_kind, item["targetCommit"])
                 for group, ref_kind in _REF_GROUPS
                 for item in body.get(group, ())
             )
+            led_to = re.fullmatch(rf".*/api/{kind}s/([^/]+/[^/]+|[^/]+)/refs", answer.url.path)
+            return found, led_to[1] if answer.history and led_to else repo
 
     def resolve(self, repo: str, revision: str, kind: RepoKind = "model") -> str:
         """The commit (40 hex digits) of a branch, tag or SHA; one request.
@@ -98,7 +108,7 @@ class Hub:
         if self.is_offline:
             return cached_commit(_checked(repo), revision, kind)
         with self._told(InputError, repo, revision, kind=kind):
-            body, _ = self._get_json(f"/api/{kind}s/{_checked(repo)}/revision/{quote(revision, safe='')}")
+            _, body = self._get_json(f"/api/{kind}s/{_checked(repo)}/revision/{quote(revision, safe='')}")
             return str(body["sha"])
 
     def files(self, repo: str, commit: str, kind: RepoKind = "model") -> tuple[RepoFile, ...]:
@@ -113,7 +123,8 @@ class Hub:
         page: str | None = f"/api/{kind}s/{_checked(repo)}/tree/{quote(commit, safe='')}?recursive=true"
         with self._told(InputError, repo, commit, kind=kind):
             while page:
-                entries, page = self._get_json(page)
+                answer, entries = self._get_json(page)
+                page = answer.links.get("next", {}).get("url")
                 found += [_file_of(entry) for entry in entries if entry["type"] == "file"]
         return tuple(found)
 
@@ -277,18 +288,18 @@ class Hub:
             return ()
         query = urlencode({"author": author, "search": text, "limit": limit})
         with self._told(InputError, f"{author}/{text}"):
-            body, _ = self._get_json(f"/api/models?{query}")
+            _, body = self._get_json(f"/api/models?{query}")
             return tuple(str(item["id"]) for item in body)
 
-    def _get_json(self, path: str) -> tuple[Any, str | None]:
-        """Body of an API call and the address of its next page."""
+    def _get_json(self, path: str) -> tuple[Any, Any]:
+        """Answer of an API call, and its body read."""
         from huggingface_hub import get_session
         from huggingface_hub.utils import (  # type: ignore[attr-defined]
             build_hf_headers,
             hf_raise_for_status,
         )
 
-        def get() -> tuple[Any, str | None]:
+        def get() -> tuple[Any, Any]:
             allowance(self.url, "api").take()
             response = get_session().get(
                 path if path.startswith("http") else self.url + path,
@@ -297,7 +308,7 @@ class Hub:
             )
             observe(self.url, "api", response.headers)
             hf_raise_for_status(response)
-            return _json_of(response), response.links.get("next", {}).get("url")
+            return response, _json_of(response)
 
         return retried(get, patient=False)
 

@@ -147,11 +147,7 @@ def explained(error: BaseException, repo: str, url: str, kind: RepoKind = "model
             f"{repo} is gated: accept its conditions at {url}/{repo}, then log in with `hf auth login` or set HF_TOKEN."
         )
     if isinstance(root, RepositoryNotFoundError) or status == 401:
-        return (
-            f"{repo} was not found at {url}: mistyped, private or gated. If you have access, log in with "
-            "`hf auth login` or set HF_TOKEN (an expired token looks the same)."
-            f"{_no_folder(repo) if kind == 'model' else ''}"
-        )
+        return f"{_not_seen(root, status, repo, url)}{_no_folder(repo) if kind == 'model' else ''}"
     if isinstance(root, EntryNotFoundError) and isinstance(root, HfHubHTTPError):
         return f"{repo} has no such file: {root.response.url}"
     if status == 429:
@@ -182,6 +178,24 @@ def explained(error: BaseException, repo: str, url: str, kind: RepoKind = "model
             "on the way (a proxy, a mirror)."
         )
     return f"{repo}: {first_line(root)}"
+
+
+def _not_seen(error: Any, status: int | None, repo: str, url: str) -> str:
+    """Why a repository is not seen; a Hub tells strangers of a private one what it tells of one that is not there."""
+    if "Authorization" not in error.response.request.headers:
+        return (
+            f"{repo} was not found at {url}: there is none of that name, or it is private. If you have access, log in "
+            "with `hf auth login` or set HF_TOKEN."
+        )
+    if status == 401:
+        return (
+            f"{repo} was not found at {url}, which does not accept your token (401): it has expired or was revoked. "
+            "Log in again with `hf auth login`, or set HF_TOKEN."
+        )
+    return (
+        f"{repo} was not found at {url}: there is none of that name, or it is private and your token has no right to "
+        "it. `hf auth whoami` tells whose token it is."
+    )
 
 
 def _no_folder(name: str) -> str:

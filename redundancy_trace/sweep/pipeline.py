@@ -15,6 +15,7 @@ from redundancy_trace.fetching import Fetched, Room, abandon, close_transit, dis
 from redundancy_trace.hub import Hub
 from redundancy_trace.progress import Reporter
 from redundancy_trace.settings import TraceSettings, parse_bytes
+from redundancy_trace.sweep.interrupting import interrupts_kept
 from redundancy_trace.sweep.tasks import Task
 
 if TYPE_CHECKING:
@@ -45,9 +46,10 @@ def score_all(
     device = choose_device(settings.device)
     let_go = keep if settings.keep else discard
     scored, failures = 0, {}
-    with _fetching(settings, listing, run.folder, hub, reporter) as begin:
+    with interrupts_kept() as look, _fetching(settings, listing, run.folder, hub, reporter) as begin:
         ahead = begin(tasks[0])
         for number, task in enumerate(tasks):
+            look()
             name = task.checkpoint.name
             started = time.monotonic()
             fetched: Fetched | None = None

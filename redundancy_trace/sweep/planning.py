@@ -4,7 +4,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from redundancy_trace.checkpoints import Checkpoint, Listing, endpoints_first, needed_files
+from redundancy_trace.checkpoints import Checkpoint, Listing, endpoints_first, needed_files, selector_items
 from redundancy_trace.errors import CheckpointError, InputError
 from redundancy_trace.hub import Hub
 from redundancy_trace.settings import TraceSettings, parse_bytes
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 BYTES_WITHOUT_YES = 200 * 10**9
 # Selectors that say themselves how many checkpoints they choose.
 _COUNTED = ("log:", "linear:")
-_PROBE_FROM_BYTES = 100 * 10**6
+# Most that is read to measure the rate; of little, a hundredth.
 _PROBE_BYTES = 8 * 2**20
 
 
@@ -31,7 +31,7 @@ class SweepPlan:
         stored: How many of them have their scores already.
         bytes_to_move: Bytes of weights that come over the network; upper bound where they are streamed.
         bytes_on_disk: Most bytes of downloads on disk at a time.
-        bytes_per_second: As measured just now; None where the bytes are too few to measure.
+        bytes_per_second: As measured just now; None where nothing is to be moved, or the server gave no byte.
     """
 
     checkpoints: int
@@ -59,7 +59,7 @@ class SweepPlan:
 
 
 def plan_sweep(settings: TraceSettings, listing: Listing, run: "Run | None", hub: Hub) -> SweepPlan:
-    """What is left to do of a sweep, and what it takes; a few megabytes are read to measure the rate of large ones.
+    """What is left to do of a sweep, and what it takes; the beginning of a file is read to measure the rate.
 
     Args:
         settings: The settings; those of the calibration tell which scores count as stored.
@@ -75,7 +75,7 @@ def plan_sweep(settings: TraceSettings, listing: Listing, run: "Run | None", hub
         stored=len(listing.chosen) - len(left),
         bytes_to_move=total,
         bytes_on_disk=_on_disk(settings, [moving[index].bytes or 0 for index in endpoints_first(len(moving))]),
-        bytes_per_second=_rate(moving, listing, hub) if total >= _PROBE_FROM_BYTES else None,
+        bytes_per_second=_rate(moving, listing, hub) if total else None,
     )
 
 
@@ -86,8 +86,10 @@ def check_plan(settings: TraceSettings, listing: Listing, plan: SweepPlan) -> No
         InputError: More than 200 GB without `--yes`, of a selection that does not say how many it chooses; or one
             checkpoint is larger than `--disk-budget` and may not be streamed.
     """
-    counted = all(item.strip().startswith(_COUNTED) for item in settings.revisions.split(","))
-    named = {checkpoint.name for checkpoint in listing} >= {item.strip() for item in settings.revisions.split(",")}
+    names = {checkpoint.name for checkpoint in listing}
+    items = selector_items(settings.revisions, tuple(names))
+    counted = all(item.startswith(_COUNTED) for item in items)
+    named = names.issuperset(items)
     if plan.bytes_to_move > BYTES_WITHOUT_YES and not (settings.yes or settings.dry_run or counted or named):
         raise InputError(
             f"--revisions {settings.revisions} is {plan.told()} Add --yes if that is meant; --revisions log:20 chooses "
@@ -167,7 +169,7 @@ def _rate(moving: list[Checkpoint], listing: Listing, hub: Hub) -> float | None:
     checkpoint = moving[0]
     file = max(needed_files(checkpoint.files or ()), key=lambda file: file.size)
     remote = hub.remote_folder(checkpoint.repo or listing.model, checkpoint.commit or "", [file])
-    count = min(_PROBE_BYTES, file.size)
+    count = min(file.size, _PROBE_BYTES, sum(one.bytes or 0 for one in moving) // 100 + 1)
     try:
         started = time.monotonic()
         remote.read(file.path, [(0, count)])
