@@ -14,6 +14,7 @@ import pytest
 from tiny_runs import PYDOC, SHAPE, STEPS, branches, token_file
 
 from redundancy_trace import cli, store
+from redundancy_trace.cli.sweeping import print_result
 from redundancy_trace.metrics import COMPONENTS, ModelScores, Value
 
 KEYS = [
@@ -234,7 +235,7 @@ def test_of_many_checkpoints_some_are_shown(tmp_path, capsys):
     from redundancy_trace.sweep import SweepResult
 
     stored_run(tmp_path, range(50))
-    cli._print_result(SweepResult(tmp_path, 50, 0, {}, (), "pydoc 4x8", None, None))
+    print_result(SweepResult(tmp_path, 50, 0, {}, (), "pydoc 4x8", None, None))
     _, _, *rows, last = capsys.readouterr().out.splitlines()
     assert len(rows) == 24
     assert (rows[0].split()[0], rows[-1].split()[0]) == ("step0", "step49")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from redundancy_trace import cli
+from redundancy_trace.cli.sweeping import sweep_command
 from redundancy_trace.errors import InputError
 from redundancy_trace.settings import TraceSettings, flag_of
 from redundancy_trace.sweep import settings_from
@@ -32,7 +33,7 @@ def test_every_setting_says_whether_it_changes_a_number():
 
 
 def test_every_setting_is_a_flag_of_the_sweep_and_no_other():
-    parameters = [p for p in inspect.signature(cli._sweep).parameters.values() if p.name not in ("ctx", "version")]
+    parameters = [p for p in inspect.signature(sweep_command).parameters.values() if p.name not in ("ctx", "version")]
     assert {p.name: p.default for p in parameters} == {field.name: field.default for field in FIELDS}
 
 

@@ -1,0 +1,149 @@
+"""`trace --model …`: the sweep. Its flags are the fields of the settings."""
+
+import inspect
+import json
+from dataclasses import fields
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+import typer
+
+from redundancy_trace.cli.printing import decimal, number, print_table, repeated, say
+from redundancy_trace.errors import InputError
+from redundancy_trace.settings import TraceSettings, flag_of
+
+if TYPE_CHECKING:
+    import polars as pl
+
+    from redundancy_trace.sweep import SweepResult
+
+# Longest table of a sweep; of more checkpoints evenly chosen ones are shown.
+_TABLE_ROWS = 24
+
+
+def _sweep(ctx: typer.Context, *, version: bool = False, **options: Any) -> int | None:  # noqa: ARG001 - told before
+    if ctx.invoked_subcommand is not None:
+        return None
+    if not any(options[name] for name in ("model", "demo")):
+        raise InputError(
+            "No model is named. Try `trace --model EleutherAI/pythia-70m`, or `trace --demo`, which needs no network; "
+            "`trace --help` shows every option."
+        )
+    from redundancy_trace.progress import reporting
+    from redundancy_trace.sweep import failure_summary, run_sweep
+
+    settings = TraceSettings(**options)
+    with reporting(quiet=settings.quiet) as reporter:
+        result = run_sweep(settings, reporter)
+    if settings.dry_run:
+        typer.echo(json.dumps(_plan_as_json(result), indent=1) if settings.json else result.plan.told())
+    elif settings.json:
+        typer.echo(json.dumps(_result_as_json(result), indent=1))
+    elif result.scored or result.kept:
+        print_result(result)
+    if result.failures:
+        say(failure_summary(result, told=not settings.quiet))
+        return 1
+    return 0
+
+
+def _print_versions(wanted: bool) -> None:  # noqa: FBT001 - called by the parser
+    if not wanted:
+        return
+    from redundancy_trace.versions import library_versions
+
+    package, *libraries = library_versions().items()
+    typer.echo(", ".join(f"{name} {number}" for name, number in (("redundancy_trace", package[1]), *libraries)))
+    raise typer.Exit
+
+
+def _with_settings_as_options() -> Any:
+    """The sweep with one option for each field of the settings, so that a flag is defined in one place."""
+    hints = get_type_hints(TraceSettings)
+    parameters = [inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)]
+    kind = inspect.Parameter.KEYWORD_ONLY
+    for field in fields(TraceSettings):
+        option = typer.Option(flag_of(field.name), help=field.metadata["help"], show_default=bool(field.default))
+        # Built by call: written with brackets it would be a type to the checker, and the hint is a value.
+        annotation = Annotated.__class_getitem__((hints[field.name], option))  # type: ignore[attr-defined]
+        parameters.append(inspect.Parameter(field.name, kind, default=field.default, annotation=annotation))
+    told = typer.Option(
+        "--version",
+        help="Print the versions of this program and its libraries.",
+        is_eager=True,
+        callback=_print_versions,
+    )
+    shown = Annotated.__class_getitem__((bool, told))  # type: ignore[attr-defined]
+    parameters.append(inspect.Parameter("version", kind, default=False, annotation=shown))
+    _sweep.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    _sweep.__annotations__ = {p.name: p.annotation for p in parameters}
+    return _sweep
+
+
+sweep_command = _with_settings_as_options()
+
+
+def _summary(result: "SweepResult") -> "pl.DataFrame":
+    from redundancy_trace.analysis import mark_repeats, one_calibration, training_summary
+    from redundancy_trace.store import read_duplicates, read_scores
+
+    summary = training_summary(one_calibration(read_scores(result.folder), result.calibration))
+    return mark_repeats(summary, read_duplicates(result.folder))
+
+
+def _result_as_json(result: "SweepResult") -> dict[str, Any]:
+    return {
+        "run": str(result.folder),
+        "calibration": result.calibration,
+        "scored": result.scored,
+        "kept": result.kept,
+        "failures": result.failures,
+        "figures": [str(path) for path in result.figures],
+        "checkpoints": _summary(result).to_dicts() if result.scored or result.kept else [],
+    }
+
+
+def _plan_as_json(result: "SweepResult") -> dict[str, Any]:
+    plan = result.plan
+    return {
+        "run": str(result.folder),
+        "checkpoints": plan.checkpoints,
+        "stored": plan.stored,
+        "bytes_to_move": plan.bytes_to_move,
+        "bytes_on_disk": plan.bytes_on_disk,
+        "bytes_per_second": plan.bytes_per_second,
+        "seconds": plan.seconds,
+        "chosen": [checkpoint.name for checkpoint in result.listing.chosen],
+    }
+
+
+def print_result(result: "SweepResult") -> None:
+    """Importance over training in a short table, then where the figures are."""
+    summary = _summary(result)
+    rows = summary.rows(named=True)
+    if len(rows) > _TABLE_ROWS:
+        picked = [round(i * (len(rows) - 1) / (_TABLE_ROWS - 1)) for i in range(_TABLE_ROWS)]
+        rows = [rows[i] for i in picked]
+    has_tokens = any(row["tokens"] is not None for row in rows)
+    columns = ["checkpoint", "tokens" if has_tokens else "step", "attn", "mlp", "block", "loss"]
+    cells = [
+        [
+            row["revision"],
+            number(row["tokens" if has_tokens else "step"]),
+            *(decimal(row[name]) for name in ("attn", "mlp", "block", "loss")),
+            repeated(row["duplicate_of"], partial=row["partial"]),
+        ]
+        for row in rows
+    ]
+    if any(row["duplicate_of"] for row in rows):
+        columns.append("duplicate of")
+    else:
+        cells = [cell[:-1] for cell in cells]
+    typer.echo(
+        f"Mean importance 1 - cos over all layers (0 = redundant), loss in nats per token, on {result.calibration}:"
+    )
+    print_table(columns, cells)
+    if len(rows) < len(summary):
+        typer.echo(f"({len(rows)} of {len(summary)} checkpoints are shown)")
+    pictures = [path for path in result.figures if path.suffix == ".png"]
+    if pictures:
+        typer.echo(f"Figures: {', '.join(str(path) for path in pictures)}")
