@@ -219,7 +219,7 @@ def _agreeing(
         "n_layers": pl.lit(n_layers, pl.Int64),
         **{name: pl.Series(values).fill_nan(None) for name, values in found.items()},
     }
-    return order.with_columns(**columns).select(_BETWEEN)
+    return order.with_columns(**columns).select(*_BETWEEN)
 
 
 def _agreement(one: Array, other: Array) -> dict[str, Array]:
