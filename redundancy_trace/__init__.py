@@ -8,7 +8,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from redundancy_trace.analysis import leave_out_duplicates
+    from redundancy_trace.analysis import (
+        calibration_agreement,
+        checkpoint_statistics,
+        drop_onset,
+        importance_trends,
+        leave_out_duplicates,
+        rank_agreement,
+        topk_overlap,
+        training_stats,
+    )
     from redundancy_trace.checkpoints import list_checkpoints
     from redundancy_trace.errors import CheckpointError, InputError, TraceError
     from redundancy_trace.figures import draw_figures, plot_depth, plot_heatmap, plot_loss, plot_training_heatmaps
@@ -20,36 +29,50 @@ _HOMES = {
     "CheckpointError": "errors",
     "InputError": "errors",
     "TraceError": "errors",
+    "calibration_agreement": "analysis",
+    "checkpoint_statistics": "analysis",
     "draw_figures": "figures",
+    "drop_onset": "analysis",
+    "importance_trends": "analysis",
     "leave_out_duplicates": "analysis",
     "list_checkpoints": "checkpoints",
     "plot_depth": "figures",
     "plot_heatmap": "figures",
     "plot_loss": "figures",
     "plot_training_heatmaps": "figures",
+    "rank_agreement": "analysis",
     "read_distances": "store",
     "read_duplicates": "store",
     "read_scores": "store",
     "score_model": "sweep",
+    "topk_overlap": "analysis",
     "trace": "sweep",
+    "training_stats": "analysis",
 }
 
 __all__ = [
     "CheckpointError",
     "InputError",
     "TraceError",
+    "calibration_agreement",
+    "checkpoint_statistics",
     "draw_figures",
+    "drop_onset",
+    "importance_trends",
     "leave_out_duplicates",
     "list_checkpoints",
     "plot_depth",
     "plot_heatmap",
     "plot_loss",
     "plot_training_heatmaps",
+    "rank_agreement",
     "read_distances",
     "read_duplicates",
     "read_scores",
     "score_model",
+    "topk_overlap",
     "trace",
+    "training_stats",
 ]
 
 
