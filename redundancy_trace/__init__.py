@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from redundancy_trace.figures import draw_figures, plot_depth, plot_heatmap, plot_loss, plot_training_heatmaps
     from redundancy_trace.loading import load_model, load_tokenizer
     from redundancy_trace.pruning import DropPlan, plan_drop, published_orders, read_plan
+    from redundancy_trace.pruning.exporting import prune
     from redundancy_trace.pruning.inplace import drop_, dropped
     from redundancy_trace.store import read_distances, read_duplicates, read_scores
     from redundancy_trace.sweep import score_model, trace
@@ -36,6 +37,7 @@ _HOMES = {
     "plot_heatmap": "figures",
     "plot_loss": "figures",
     "plot_training_heatmaps": "figures",
+    "prune": "pruning.exporting",
     "published_orders": "pruning",
     "read_distances": "store",
     "read_duplicates": "store",
@@ -62,6 +64,7 @@ __all__ = [
     "plot_heatmap",
     "plot_loss",
     "plot_training_heatmaps",
+    "prune",
     "published_orders",
     "read_distances",
     "read_duplicates",
