@@ -59,6 +59,7 @@ class Proof:
         equal_tokens: Greedily decoded tokens that are the same, from the first on; None where nothing was decoded.
         n_tokens: How many were decoded.
         note: What else is to be known.
+        parted_at_a_tie: Whether the first other token was as likely, within the tolerance.
     """
 
     engine: str
@@ -68,15 +69,18 @@ class Proof:
     equal_tokens: int | None
     n_tokens: int
     note: str = ""
+    parted_at_a_tie: bool = False
 
     @property
     def holds(self) -> bool:
         """Whether the export is what it should be."""
-        return self.error <= self.tolerance and self.equal_tokens in (None, self.n_tokens)
+        decoded = self.equal_tokens in (None, self.n_tokens) or self.parted_at_a_tie
+        return self.error <= self.tolerance and decoded
 
     def told(self) -> str:
         """The figures in a line."""
         decoded = "" if self.equal_tokens is None else f"; {self.equal_tokens} of {self.n_tokens} decoded tokens equal"
+        decoded += ", then a tie" if self.parted_at_a_tie else ""
         note = f"; {self.note}" if self.note else ""
         return (
             f"{self.engine}, fresh process: {self.what} {self.error:.1e} (allowed {self.tolerance:.0e}){decoded}{note}"
