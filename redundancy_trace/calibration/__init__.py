@@ -11,6 +11,7 @@ from redundancy_trace.calibration.tokenizers import (
     find_tokenizer,
     load_tokenizer,
     prefix_ids,
+    tokenizer_sources,
 )
 
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     "load_tokenizer",
     "prefix_ids",
     "token_hash",
+    "tokenizer_sources",
 ]
