@@ -12,23 +12,34 @@ if TYPE_CHECKING:
     from redundancy_trace.checkpoints import list_checkpoints
     from redundancy_trace.errors import CheckpointError, InputError, TraceError
     from redundancy_trace.figures import draw_figures, plot_depth, plot_heatmap, plot_loss, plot_training_heatmaps
+    from redundancy_trace.loading import load_model, load_tokenizer
+    from redundancy_trace.pruning import DropPlan, plan_drop, published_orders, read_plan
+    from redundancy_trace.pruning.inplace import drop_, dropped
     from redundancy_trace.store import read_distances, read_duplicates, read_scores
     from redundancy_trace.sweep import score_model, trace
 
 # Public name → the module that has it.
 _HOMES = {
     "CheckpointError": "errors",
+    "DropPlan": "pruning",
     "InputError": "errors",
     "TraceError": "errors",
     "draw_figures": "figures",
+    "drop_": "pruning.inplace",
+    "dropped": "pruning.inplace",
     "leave_out_duplicates": "analysis",
     "list_checkpoints": "checkpoints",
+    "load_model": "loading",
+    "load_tokenizer": "loading",
+    "plan_drop": "pruning",
     "plot_depth": "figures",
     "plot_heatmap": "figures",
     "plot_loss": "figures",
     "plot_training_heatmaps": "figures",
+    "published_orders": "pruning",
     "read_distances": "store",
     "read_duplicates": "store",
+    "read_plan": "pruning",
     "read_scores": "store",
     "score_model": "sweep",
     "trace": "sweep",
@@ -36,17 +47,25 @@ _HOMES = {
 
 __all__ = [
     "CheckpointError",
+    "DropPlan",
     "InputError",
     "TraceError",
     "draw_figures",
+    "drop_",
+    "dropped",
     "leave_out_duplicates",
     "list_checkpoints",
+    "load_model",
+    "load_tokenizer",
+    "plan_drop",
     "plot_depth",
     "plot_heatmap",
     "plot_loss",
     "plot_training_heatmaps",
+    "published_orders",
     "read_distances",
     "read_duplicates",
+    "read_plan",
     "read_scores",
     "score_model",
     "trace",

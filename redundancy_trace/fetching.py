@@ -213,6 +213,11 @@ def keep(fetched: Fetched) -> None:
     leave(fetched)
 
 
+def cache_folder() -> Path:
+    """Where this program keeps what no run holds: `$XDG_CACHE_HOME/redundancy-trace`, else below `~/.cache`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "redundancy-trace"
+
+
 def place_of(run: Path, checkpoint: Checkpoint) -> Path:
     """Where in a run what is fetched of a checkpoint stays until it is scored."""
     inside = (checkpoint.subfolder or "").replace("/", "--")

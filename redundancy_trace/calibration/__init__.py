@@ -13,6 +13,7 @@ from redundancy_trace.calibration.tokenizers import (
     find_tokenizer,
     load_tokenizer,
     prefix_ids,
+    tokenizer_sources,
 )
 
 __all__ = [
@@ -28,4 +29,5 @@ __all__ = [
     "load_tokenizer",
     "prefix_ids",
     "token_hash",
+    "tokenizer_sources",
 ]
