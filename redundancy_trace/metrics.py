@@ -46,8 +46,7 @@ IMPORTANCE = Metric("importance", "importance 1 − cos(X, Y)", 0.0, 2.0, 0.0, 1
 # Stored for every pair of residual states h_i, h_j with i < j.
 DISTANCE_METRICS: dict[str, Metric] = {name: LAYER_METRICS[name] for name in ("cosine_similarity", "angular_distance")}
 METRICS: dict[str, Metric] = {**LAYER_METRICS, LOSS.name: LOSS, IMPORTANCE.name: IMPORTANCE}
-# What an evaluation measures, beside `LOSS` and the metrics of tasks. `redundant`: where the whole model stands, if it is
-# a ratio to it.
+# What an evaluation measures, beside the metrics of tasks. A ratio to the whole model is 1 where nothing changes.
 EVALUATION_METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
@@ -60,8 +59,8 @@ EVALUATION_METRICS: dict[str, Metric] = {
         Metric("decode_speedup", "decode speed-up", 0.0, None, 1.0, 1),
         Metric("prefill_speedup_bound", "bound on the prefill speed-up", 1.0, None, 1.0, 1),
         Metric("decode_speedup_bound", "bound on the decode speed-up", 1.0, None, 1.0, 1),
-        Metric("prefill_flops", "floating-point operations of a prefill", 0.0, None, None, 1),
-        Metric("decode_flops", "floating-point operations of a decode step", 0.0, None, None, 1),
+        Metric("prefill_flops", "floating-point operations of a prefill (two a multiply-add)", 0.0, None, None, 1),
+        Metric("decode_flops", "floating-point operations of a decode step (two a multiply-add)", 0.0, None, None, 1),
         Metric("decode_bytes", "bytes that a decode step reads", 0.0, None, None, 1),
         Metric("weight_bytes", "bytes of the weights", 0.0, None, None, 1),
         Metric("kv_cache_bytes", "bytes of the KV cache", 0.0, None, None, 1),

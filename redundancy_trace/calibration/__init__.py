@@ -6,7 +6,7 @@ as one stream of tokens, with their bytes. No torch.
 """
 
 from redundancy_trace.calibration.batches import check_ids, check_length, token_hash
-from redundancy_trace.calibration.loading import DEFAULT_SEQUENCE_LENGTH, Calibration, load_calibration
+from redundancy_trace.calibration.loading import DEFAULT_SEQUENCE_LENGTH, Calibration, load_calibration, made_from
 from redundancy_trace.calibration.streams import TokenStream, load_stream
 from redundancy_trace.calibration.tokenizers import (
     TokenizerSource,
@@ -27,6 +27,7 @@ __all__ = [
     "load_calibration",
     "load_stream",
     "load_tokenizer",
+    "made_from",
     "prefix_ids",
     "token_hash",
     "tokenizer_sources",

@@ -205,6 +205,12 @@ def _kept(run: Path, made_from: dict[str, Any]) -> np.ndarray | None:
     return None
 
 
+def made_from(run: Path, sha256: str) -> dict[str, Any] | None:
+    """What a run's token ids of this hash were made from: `calibration`, `samples`, `sequence_length`, `tokenizer`."""
+    records = (_record(file) for file in sorted(run.glob("token_ids*.json")))
+    return next((found for found in records if found and found.get("sha256") == sha256), None)
+
+
 def _record(file: Path) -> dict[str, Any] | None:
     """What a `.json` beside token ids says; None if it is damaged."""
     try:

@@ -2,6 +2,7 @@
 
 import typer
 
+from redundancy_trace.cli.evaluating import eval_command
 from redundancy_trace.cli.listing import list_command
 from redundancy_trace.cli.plotting import plot_command
 from redundancy_trace.cli.sweeping import sweep_command
@@ -20,3 +21,4 @@ app.callback(
 )(sweep_command)
 app.command("list")(list_command)
 app.command("plot")(plot_command)
+app.command("eval")(eval_command)

@@ -114,7 +114,7 @@ def with_plan(number: Evaluated, plan: DropPlan | None) -> Evaluated:
 
 
 def dropped_kind(plan: DropPlan) -> str:
-    """attn, mlp or block where a plan drops nothing else, `joint` where it sorts both sublayers together, else `mixed`."""
+    """attn, mlp or block where a plan drops nothing else; `joint` where it drops both sublayers; else `mixed`."""
     if plan.drop.startswith("joint"):
         return "joint"
     kinds = {one.component for one in plan.components}

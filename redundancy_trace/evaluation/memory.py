@@ -49,7 +49,7 @@ def cache_bytes(cache: Any) -> int:
 def computed_cache_bytes(
     config: Any, *, batch_size: int, tokens: int, element_bytes: int, dropped: Collection[int] = ()
 ) -> int | None:
-    """Bytes of a KV cache: 2 · heads of keys and values · their width · bytes · batch · tokens, of every attention left.
+    """Bytes of a KV cache: 2 · KV heads · head width · bytes · batch · tokens, of every attention that is left.
 
     A layer with a sliding window keeps the window less the token that is being decoded. (arXiv 2406.15786, section 5)
 
@@ -75,8 +75,8 @@ def computed_cache_bytes(
     if set(kinds) - {"full_attention", "sliding_attention"}:
         return None
     kept = [kind for layer, kind in enumerate(kinds) if layer not in dropped]
-    held = sum(min(tokens, window - 1) if kind == "sliding_attention" and window else tokens for kind in kept)
-    return 2 * kv_heads * width * element_bytes * batch_size * held
+    held: int = sum(min(tokens, window - 1) if kind == "sliding_attention" and window else tokens for kind in kept)
+    return 2 * kv_heads * int(width) * element_bytes * batch_size * held
 
 
 def _kv_heads(config: Any, heads: int | None) -> int | None:

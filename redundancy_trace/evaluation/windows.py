@@ -37,12 +37,9 @@ class Windows:
         return int((self.ids.shape[1] - self.first).sum())
 
 
-def tokens_needed(
-    *, samples: int, sequence_length: int, stride: int | None, prefix: int = 0, skip: int = 0
-) -> int | None:
+def tokens_needed(*, samples: int, sequence_length: int, stride: int | None, skip: int = 0) -> int | None:
     """Tokens of text that `cut_windows` takes at most; None where it takes all (`samples` = 0)."""
-    fresh = sequence_length - prefix
-    return None if samples == 0 else skip * fresh + (samples - 1) * (stride or fresh) + fresh
+    return None if samples == 0 else skip + (samples - 1) * (stride or sequence_length) + sequence_length
 
 
 def cut_windows(
@@ -63,7 +60,7 @@ def cut_windows(
         samples: W; 0 = the whole text, of which the last window ends with the last token.
         sequence_length: T, special tokens included; None = 512, or as long as the rows of stored ids.
         stride: Tokens of text from the start of a window to that of the next; None = no overlap.
-        skip: So many windows of T tokens at the beginning of the text are left out: those of a calibration.
+        skip: So many tokens at the beginning of the text are left out: those of a calibration.
 
     Raises:
         InputError: The text is too short (says what would fit), or stride and length do not go together.
@@ -81,7 +78,7 @@ def cut_windows(
     ids = np.hstack([np.tile(prefix, (len(starts), 1)), stream.ids[places]])
     before = np.concatenate(([starts[0]], starts[:-1] + fresh))
     counted_from = np.maximum(before - starts, 0 if prefix.size else 1)
-    label = f"{stream.name} {len(starts)}x{length}" + (f" behind the first {skip}" if skip else "")
+    label = f"{stream.name} {len(starts)}x{length}" + (f" behind token {skip}" if skip else "")
     counted = np.arange(fresh) >= counted_from[:, None]
     n_bytes = None if stream.n_bytes is None else np.where(counted, stream.n_bytes[places], 0).sum(axis=1)
     return Windows(label, ids, prefix.size + counted_from, n_bytes, step, bool(prefix.size), token_hash(ids))
@@ -96,15 +93,15 @@ def _starts(stream: TokenStream, samples: int, length: int, fresh: int, step: in
         )
     starts: np.ndarray
     if row is not None:
-        starts = np.arange(stream.ids.size // row)[skip:] * row
+        starts = np.arange(-(-skip // row), stream.ids.size // row) * row
     else:
         last = stream.ids.size - fresh
-        starts = np.arange(skip * fresh, last + 1, step)
+        starts = np.arange(skip, last + 1, step)
         if samples == 0 and starts.size and starts[-1] < last:
             starts = np.append(starts, last)
     if starts.size < max(1, samples):
         fits = f" {starts.size} would fit." if starts.size else ""
-        behind = f" behind the first {skip}" if skip else ""
+        behind = f" behind the first {skip:,}" if skip else ""
         raise InputError(
             f"{stream.name} has {stream.ids.size:,} tokens, too few for {max(1, samples)} windows of {length}{behind}."
             f"{fits} Give fewer --samples, a shorter --sequence-length, or a longer text."
@@ -116,7 +113,11 @@ def counted_sequences(ids: Sequence[Sequence[int]] | np.ndarray, name: str = "to
     """Windows of given token ids, shape (W, T): all tokens count but the first of each."""
     rows = np.asarray(ids)
     if rows.ndim != 2 or rows.dtype.kind not in "iu" or rows.shape[0] < 1 or rows.shape[1] < 2:
-        raise InputError(f"{name} has shape {rows.shape} and dtype {rows.dtype}; integers of shape (W, T >= 2) are needed.")
+        raise InputError(
+            f"{name} has shape {rows.shape} and dtype {rows.dtype}; integers of shape (W, T >= 2) are needed."
+        )
     rows = rows.astype(np.int64)
     label = f"{name} {rows.shape[0]}x{rows.shape[1]}"
-    return Windows(label, rows, np.ones(len(rows), dtype=np.int64), None, rows.shape[1], bos=False, sha256=token_hash(rows))
+    return Windows(
+        label, rows, np.ones(len(rows), dtype=np.int64), None, rows.shape[1], bos=False, sha256=token_hash(rows)
+    )

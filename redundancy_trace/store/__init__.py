@@ -5,10 +5,13 @@ Needs neither torch nor a network, so that a laptop reads what a cluster wrote.
 
 from redundancy_trace.store.evaluations import (
     EVALUATION_SCHEMA,
+    ONE_FILE,
     Evaluated,
+    Purpose,
     evaluation_file,
     evaluations_frame,
     finished_evaluations,
+    holds_evaluations,
     read_evaluations,
     write_evaluations,
 )
@@ -41,10 +44,12 @@ from redundancy_trace.store.scores import (
 __all__ = [
     "DISTANCE_SCHEMA",
     "EVALUATION_SCHEMA",
+    "ONE_FILE",
     "SCORE_SCHEMA",
     "CalibrationRecord",
     "Evaluated",
     "Labels",
+    "Purpose",
     "Run",
     "clear_failures",
     "distances_frame",
@@ -52,6 +57,7 @@ __all__ = [
     "evaluations_frame",
     "finished_evaluations",
     "finished_parts",
+    "holds_evaluations",
     "open_run",
     "part_name",
     "read_distances",

@@ -166,6 +166,11 @@ def finished_evaluations(place: Path) -> frozenset[str]:
     return frozenset(identity for file in _files(place) for identity in _of_file(file)["identity"].unique())
 
 
+def holds_evaluations(folder: Path) -> bool:
+    """Whether anything in a folder was evaluated."""
+    return bool(_files(folder))
+
+
 def read_evaluations(folder: str | Path) -> pl.DataFrame:
     """All that `trace eval` measured, one row a number, in training order.
 
@@ -202,6 +207,6 @@ def _files(place: Path) -> list[Path]:
 
 def _of_file(file: Path) -> pl.DataFrame:
     try:
-        return pl.read_parquet(file).select(EVALUATION_SCHEMA).cast(EVALUATION_SCHEMA)
+        return pl.read_parquet(file).select(*EVALUATION_SCHEMA).cast(pl.Schema(EVALUATION_SCHEMA))
     except (pl.exceptions.PolarsError, OSError) as error:
         raise InputError(f"{file} holds no evaluations that can be read ({error}); name another with --out.") from error

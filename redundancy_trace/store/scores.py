@@ -212,7 +212,9 @@ def open_run(
 
 def tidy_run(folder: Path) -> None:
     """Delete what killed processes left half-written in a run."""
-    remove_stray_parts([folder, *(folder / part for part in ("scores", "distances", "failures", "figures", "evaluations"))])
+    remove_stray_parts(
+        [folder, *(folder / part for part in ("scores", "distances", "failures", "figures", "evaluations"))]
+    )
 
 
 def write_run(run: Run, settings: Mapping[str, Any]) -> Run:
@@ -457,6 +459,11 @@ def _present(frame: pl.DataFrame, listed: pl.DataFrame) -> pl.DataFrame:
 
 
 def write_parquet(path: Path, frame: pl.DataFrame) -> None:
+    """Write a frame whole or not at all.
+
+    Raises:
+        InputError: There is no space left, or the place is not writable.
+    """
     _write(path, frame.write_parquet)
 
 
