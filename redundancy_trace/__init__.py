@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     )
     from redundancy_trace.loading import load_model, load_tokenizer
     from redundancy_trace.pruning import DropPlan, plan_drop, published_orders, read_plan
+    from redundancy_trace.pruning.exporting import prune
     from redundancy_trace.pruning.inplace import drop_, dropped
     from redundancy_trace.store import read_distances, read_duplicates, read_evaluations, read_scores
     from redundancy_trace.sweep import evaluate, evaluate_along, score_model, trace
@@ -54,6 +55,7 @@ _HOMES = {
     "plot_quality": "figures",
     "plot_tradeoff": "figures",
     "plot_training_heatmaps": "figures",
+    "prune": "pruning.exporting",
     "published_orders": "pruning",
     "read_distances": "store",
     "read_duplicates": "store",
@@ -88,6 +90,7 @@ __all__ = [
     "plot_quality",
     "plot_tradeoff",
     "plot_training_heatmaps",
+    "prune",
     "published_orders",
     "read_distances",
     "read_duplicates",

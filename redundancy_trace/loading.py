@@ -31,6 +31,8 @@ class OpenCheckpoint:
         tokenizers: Where its tokenizer may be.
         trust_remote_code: Whether code in the folder may be run.
         hub: Where it came from.
+        is_local: Whether the model is a local folder.
+        subfolder: Its folder in the repository, where one commit holds several checkpoints.
     """
 
     model: str
@@ -41,6 +43,8 @@ class OpenCheckpoint:
     tokenizers: tuple[TokenizerSource, ...]
     trust_remote_code: bool
     hub: Hub
+    is_local: bool
+    subfolder: str | None
 
     def tokenizer(self, named: str | None = None) -> "PreTrainedTokenizerBase":
         """Its tokenizer, or the one that the user named.
@@ -100,6 +104,8 @@ def open_checkpoint(
             tokenizers=(TokenizerSource(fetched.folder), *tokenizer_sources(listing)),
             trust_remote_code=trust_remote_code,
             hub=hub,
+            is_local=local,
+            subfolder=checkpoint.subfolder,
         )
     except KeyboardInterrupt:
         let_go = leave

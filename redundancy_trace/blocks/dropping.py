@@ -108,8 +108,8 @@ def parts_of(trial: TrialLayer, components: frozenset[str]) -> tuple[Part, ...]:
     calls = _calls(trial)
     updates = {update.child: update for update in map(trial.update_of, sorted(components))}
     with ExitStack() as hooks:
-        for name, update in updates.items():
-            hooks.callback(getattr(layer, name).register_forward_hook(_nothing(update), with_kwargs=True).remove)
+        for update in updates.values():
+            hooks.enter_context(nothing_of(layer, update))
         without = trial.run()
         dead = {name for name in calls if name not in updates and torch.equal(_with_noise_on(trial, name), without)}
     parts = [
@@ -271,8 +271,10 @@ def _with_random_weights(layer: nn.Module) -> nn.Module:
                 drawn = 0.1 * drawn + (0.0 if name.endswith("bias") else 1.0)
             module._parameters[name] = nn.Parameter(drawn, requires_grad=False)
         for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = _on_cpu(buffer)
+            if buffer is not None:  # on the meta device: one that the files hold
+                module._buffers[name] = (
+                    torch.randn(buffer.shape, generator=generator) if buffer.is_meta else _on_cpu(buffer)
+                )
     return copy.eval()
 
 
@@ -314,8 +316,9 @@ def _calls(trial: TrialLayer) -> dict[str, _Form]:
     return calls
 
 
-def _nothing(update: Update) -> Callable[..., Any]:
-    """A hook that makes an update zero: its child returns zeros, or the residual that it would have added to."""
+@contextmanager
+def nothing_of(layer: nn.Module, update: Update) -> Iterator[None]:
+    """While open, an update of a layer is zero: its child returns zeros, or the residual that it would add to."""
 
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         tensor = first_tensor(output)
@@ -326,7 +329,8 @@ def _nothing(update: Update) -> Callable[..., Any]:
             nothing = args[update.minus] if isinstance(update.minus, int) else kwargs[update.minus]
         return (nothing, *output[1:]) if isinstance(output, (tuple, list)) else nothing
 
-    return hook
+    with getattr(layer, update.child).register_forward_hook(hook, with_kwargs=True):
+        yield
 
 
 def _with_noise_on(trial: TrialLayer, name: str) -> Tensor:
