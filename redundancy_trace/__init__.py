@@ -8,7 +8,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from redundancy_trace.analysis import leave_out_duplicates
+    from redundancy_trace.analysis import (
+        calibration_agreement,
+        checkpoint_statistics,
+        drop_onset,
+        importance_trends,
+        leave_out_duplicates,
+        rank_agreement,
+        topk_overlap,
+        training_stats,
+    )
     from redundancy_trace.checkpoints import list_checkpoints
     from redundancy_trace.errors import CheckpointError, InputError, TraceError
     from redundancy_trace.figures import (
@@ -37,7 +46,11 @@ _HOMES = {
     "InputError": "errors",
     "TraceError": "errors",
     "draw_evaluations": "figures",
+    "calibration_agreement": "analysis",
+    "checkpoint_statistics": "analysis",
     "draw_figures": "figures",
+    "drop_onset": "analysis",
+    "importance_trends": "analysis",
     "drop_": "pruning.inplace",
     "dropped": "pruning.inplace",
     "evaluate": "sweep",
@@ -55,6 +68,7 @@ _HOMES = {
     "plot_quality": "figures",
     "plot_tradeoff": "figures",
     "plot_training_heatmaps": "figures",
+    "rank_agreement": "analysis",
     "prune": "pruning.exporting",
     "published_orders": "pruning",
     "read_distances": "store",
@@ -63,7 +77,9 @@ _HOMES = {
     "read_plan": "pruning",
     "read_scores": "store",
     "score_model": "sweep",
+    "topk_overlap": "analysis",
     "trace": "sweep",
+    "training_stats": "analysis",
 }
 
 __all__ = [
@@ -71,12 +87,16 @@ __all__ = [
     "DropPlan",
     "InputError",
     "TraceError",
+    "calibration_agreement",
+    "checkpoint_statistics",
     "draw_evaluations",
     "draw_figures",
     "drop_",
+    "drop_onset",
     "dropped",
     "evaluate",
     "evaluate_along",
+    "importance_trends",
     "leave_out_duplicates",
     "list_checkpoints",
     "load_model",
@@ -92,13 +112,16 @@ __all__ = [
     "plot_training_heatmaps",
     "prune",
     "published_orders",
+    "rank_agreement",
     "read_distances",
     "read_duplicates",
     "read_evaluations",
     "read_plan",
     "read_scores",
     "score_model",
+    "topk_overlap",
     "trace",
+    "training_stats",
 ]
 
 

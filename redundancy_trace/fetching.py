@@ -181,8 +181,11 @@ def fetch(
 
 
 def discard(fetched: Fetched) -> None:
-    """Delete what was fetched for the run; files that the user had before stay."""
+    """Delete what was fetched for the run; files that the user had before, or has kept (`--keep`), stay."""
     if fetched._claim is None or not fetched._claim.held:
+        return
+    if (fetched._claim.folder / _KEPT).exists():
+        leave(fetched)
         return
     shutil.rmtree(fetched._claim.folder, ignore_errors=True)
     fetched._claim.let_go()

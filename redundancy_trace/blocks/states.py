@@ -54,28 +54,42 @@ class LayerStates:
 
     Attributes:
         resid_pre: Input of the layer, X of attention and block.
-        resid_mid: X of the MLP: the input again in a parallel block, else input + attention as the model rounds it.
         resid_post: Output of the layer, Y of the block.
-        attn_update: What attention adds, float32, times the residual multiplier.
-        mlp_update: What the MLP adds, float32, times the residual multiplier.
+        attn_update: What attention adds, times the residual multiplier; float32 where it is a difference.
+        mlp_update: What the MLP adds, likewise.
+        parallel: Whether the MLP branches off at the layer's input.
     """
 
     resid_pre: Tensor
-    resid_mid: Tensor
     resid_post: Tensor
     attn_update: Tensor
     mlp_update: Tensor
+    parallel: bool
 
-    def components(self) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
-        """For attn, mlp and block: name, X, Y and update, the last two in float32 but for the block's own output."""
-        yield "attn", self.resid_pre, self.resid_pre.float() + self.attn_update, self.attn_update
-        yield "mlp", self.resid_mid, self.resid_mid.float() + self.mlp_update, self.mlp_update
-        yield "block", self.resid_pre, self.resid_post, self.resid_post.float() - self.resid_pre.float()
+    @property
+    def resid_mid(self) -> Tensor:
+        """X of the MLP: the input again in a parallel block, else input + attention as the model rounds it."""
+        x = self.resid_pre
+        return x if self.parallel else (x.float() + self.attn_update.float()).to(x.dtype)
+
+    def components(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """For attn, mlp and block: name, X and update, float32; the block's update is its own output − X."""
+        x = self.resid_pre.float()
+        yield "attn", x, self.attn_update.float()
+        yield "mlp", self.resid_mid.float(), self.mlp_update.float()
+        yield "block", x, self.resid_post.float() - x
+
+    def tiles(self, n_tokens: int) -> Iterator["LayerStates"]:
+        """The same, in pieces of shape (at most n_tokens, D), in order."""
+        tensors = (self.resid_pre, self.resid_post, self.attn_update, self.mlp_update)
+        tiles = (tensor.flatten(0, -2).split(n_tokens) for tensor in tensors)
+        for x, y, attn, mlp in zip(*tiles, strict=True):
+            yield LayerStates(x, y, attn, mlp, self.parallel)
 
     def identity_error(self) -> float:
         """Largest |x + a + m − y| of a token, as a share of the largest number that the token has in x, a, m or y."""
-        x, y = self.resid_pre.float(), self.resid_post.float()
-        return relative_error(x, self.attn_update, self.mlp_update, y)
+        tensors = (self.resid_pre, self.attn_update, self.mlp_update, self.resid_post)
+        return relative_error(*(tensor.float() for tensor in tensors))
 
 
 def not_finite(what: str, dtype: torch.dtype) -> str:

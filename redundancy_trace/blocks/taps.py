@@ -48,14 +48,12 @@ def tap(layer: nn.Module, decomposition: Decomposition, on_states: Callable[[Lay
     def leave(_module: nn.Module, _inputs: Any, _keywords: Any, output: Any) -> None:
         x, y = seen["x"], first_tensor(output)
         assert y is not None
-        # The multiplier is applied in the compute dtype and the sum rounded to it, as the model itself does.
+        # The multiplier is applied in the compute dtype, as the model itself does.
         attn, mlp = (
-            (seen[key] if decomposition.scale == 1.0 else seen[key] * decomposition.scale).float()
-            for key in ("attn", "mlp")
+            seen[key] if decomposition.scale == 1.0 else seen[key] * decomposition.scale for key in ("attn", "mlp")
         )
-        mid = x if decomposition.parallel else (x.float() + attn).to(x.dtype)
         seen.clear()
-        on_states(LayerStates(x, mid, y, attn, mlp))
+        on_states(LayerStates(x, y, attn, mlp, decomposition.parallel))
 
     children = dict(layer.named_children())
     handles = [

@@ -21,6 +21,11 @@ def print_table(columns: list[str], cells: list[list[str]]) -> None:
         )
 
 
+def evenly(count: int, most: int) -> list[int]:
+    """At most `most` of `count` places, the first and the last among them."""
+    return list(range(count)) if count <= most else [round(i * (count - 1) / (most - 1)) for i in range(most)]
+
+
 def repeated(name: str | None, *, partial: bool | None) -> str:
     """Whose weights a checkpoint repeats; empty where none's."""
     return "" if name is None else f"partly {name}" if partial else name

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from redundancy_trace.cli.options import hinted, with_settings
-from redundancy_trace.cli.printing import decimal, number, print_table, repeated, say
+from redundancy_trace.cli.printing import decimal, evenly, number, print_table, repeated, say
 from redundancy_trace.errors import InputError
 from redundancy_trace.settings import TraceSettings
 
@@ -111,9 +111,7 @@ def print_result(result: "SweepResult") -> None:
     """Importance over training in a short table, then where the figures are."""
     summary = _summary(result)
     rows = summary.rows(named=True)
-    if len(rows) > _TABLE_ROWS:
-        picked = [round(i * (len(rows) - 1) / (_TABLE_ROWS - 1)) for i in range(_TABLE_ROWS)]
-        rows = [rows[i] for i in picked]
+    rows = [rows[i] for i in evenly(len(rows), _TABLE_ROWS)]
     has_tokens = any(row["tokens"] is not None for row in rows)
     columns = ["checkpoint", "tokens" if has_tokens else "step", "attn", "mlp", "block", "loss"]
     cells = [
