@@ -27,6 +27,14 @@ class Dropper:
         self.model = model
         self._parts: dict[tuple[int, frozenset[str]], list[tuple[Any, ...]]] = {}
 
+    def check(self, plan: DropPlan) -> None:
+        """Refuse a plan of a model with another number of layers.
+
+        Raises:
+            InputError: It is.
+        """
+        check_layers(plan, len(find_layers(self.model)[1]))
+
     @contextmanager
     def dropped(self, plan: DropPlan) -> Iterator[Any]:
         """The model without the components of a plan, as long as this is open.

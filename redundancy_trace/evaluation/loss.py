@@ -9,7 +9,6 @@ import torch
 
 from redundancy_trace.blocks import not_finite
 from redundancy_trace.engine.scoring import choose_batch_size
-from redundancy_trace.engine.sums import mean_and_error
 from redundancy_trace.errors import CheckpointError
 from redundancy_trace.evaluation.windows import Windows
 from redundancy_trace.similarity import to_float64
@@ -37,13 +36,13 @@ class TextLoss:
     def loss(self) -> Evaluated:
         """Mean loss in nats per token."""
         windows = self.windows
-        value, stderr, n_samples, n_tokens = mean_and_error(self.sums, self.counts)
+        value, stderr = _ratio_and_error(self.sums, self.counts)
         return Evaluated(
             metric="loss",
             value=value,
             stderr=stderr,
-            n_samples=n_samples,
-            n_tokens=n_tokens,
+            n_samples=len(windows.ids),
+            n_tokens=windows.n_tokens,
             n_bytes=None if windows.n_bytes is None else int(windows.n_bytes.sum()),
             dataset=windows.name,
             token_sha256=windows.sha256,
@@ -61,9 +60,23 @@ class TextLoss:
         numbers = [loss, replace(loss, metric="perplexity", value=perplexity, stderr=error)]
         if loss.n_bytes:
             assert self.windows.n_bytes is not None
-            bits, error, _, _ = mean_and_error(self.sums / math.log(2), self.windows.n_bytes)
+            bits, error = _ratio_and_error(self.sums / math.log(2), self.windows.n_bytes)
             numbers.append(replace(loss, metric="bits_per_byte", value=bits, stderr=error))
         return numbers
+
+
+def _ratio_and_error(sums_W: np.ndarray, sizes_W: np.ndarray) -> tuple[float, float | None]:
+    """Σ sums / Σ sizes, and its standard error over windows of unequal size; None of one window.
+
+    The error is that of the ratio estimator (Cochran, Sampling Techniques, chapter 6), for windows of one size that of
+    the mean.
+    """
+    value = math.fsum(sums_W) / float(sizes_W.sum())
+    n = len(sums_W)
+    if n < 2:
+        return value, None
+    squares = math.fsum((sums_W - value * sizes_W) ** 2)
+    return value, math.sqrt(squares * n / (n - 1)) / float(sizes_W.sum())
 
 
 def text_loss(model: Any, windows: Windows, *, batch_size: int | None = None) -> TextLoss:

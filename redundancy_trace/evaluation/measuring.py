@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from redundancy_trace.errors import InputError
@@ -31,21 +32,16 @@ def loss_rows(
     model: Any, windows: Windows, plans: Plans = (None,), *, batch_size: int | None = None
 ) -> list[Evaluated]:
     """Loss, perplexity and bits per byte on a text, under each plan (None = the whole model)."""
-    losses = DropLosses(Dropper(model), windows, batch_size=batch_size)
+    losses = DropLosses(_dropper(model, plans), windows, batch_size=batch_size)
     numbers = [with_plan(number, plan) for plan in plans for number in losses.of(plan).numbers()]
     return _where(model, numbers)
 
 
 def speed_rows(model: Any, load: Load, plans: Plans = (None,)) -> list[Evaluated]:
     """Time and memory under each plan, in turns; the first is what the others are compared with."""
-    dropper = Dropper(model)
-
-    def variant(plan: DropPlan | None) -> Variant:
-        if plan is None:
-            return Variant()
-        return Variant(lambda: dropper.dropped(plan), plan.layers_of("attn"))
-
-    found = measure_speed(model, [variant(plan) for plan in plans], load)
+    dropper = _dropper(model, plans)
+    variants: list[Variant] = [nullcontext if plan is None else partial(dropper.dropped, plan) for plan in plans]
+    found = measure_speed(model, variants, load)
     return _where(model, [with_plan(number, plan) for plan, one in zip(plans, found, strict=True) for number in one])
 
 
@@ -55,7 +51,7 @@ def task_rows(
     """Every metric of every task of lm-eval under each plan."""
     from redundancy_trace.evaluation.tasks import measure_tasks
 
-    dropper = Dropper(model)
+    dropper = _dropper(model, plans)
     numbers = []
     for plan in plans:
         with nullcontext() if plan is None else dropper.dropped(plan):
@@ -137,8 +133,17 @@ def _losses(
         if on_loss is not None:
             on_loss(done, total)
 
-    losses = DropLosses(Dropper(model), windows, batch_size=batch_size, on_measured=measured)
+    losses = DropLosses(_dropper(model, plans), windows, batch_size=batch_size, on_measured=measured)
     return _where(model, [losses.row(plan) for plan in plans])
+
+
+def _dropper(model: Any, plans: Plans) -> Dropper:
+    """What carries out the plans, each of which is known to fit before anything is measured."""
+    dropper = Dropper(model)
+    for plan in plans:
+        if plan is not None:
+            dropper.check(plan)
+    return dropper
 
 
 def _where(model: Any, numbers: Sequence[Evaluated]) -> list[Evaluated]:

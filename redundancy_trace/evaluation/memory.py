@@ -11,10 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from redundancy_trace.blocks import ATTENTION_NAMES, find_layers
+from redundancy_trace.blocks.skipping import Skipped
+
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
 # Written there, the highest resident memory counts anew from now (Linux, proc_pid_clear_refs).
 _RESET_PEAK = "5"
+# Kinds of attention, as `layer_types` of a configuration names them.
+_FULL, _SLIDING, _LINEAR = "full_attention", "sliding_attention", "linear_attention"
+_KINDS = {_FULL, _SLIDING, _LINEAR}
 
 
 def weight_bytes(model: Any) -> int:
@@ -35,57 +41,95 @@ def read_weight_bytes(model: Any) -> int:
 
 
 def cache_bytes(cache: Any) -> int:
-    """Bytes of the tensors that a KV cache of transformers holds, the placeholders of dropped attentions included."""
-    layers = getattr(cache, "layers", ())
-    tensors = (
-        value
-        for layer in layers
-        for name, value in vars(layer).items()
-        if isinstance(value, Tensor) and not name.startswith("_")
-    )
-    return sum(map(_bytes, tensors))
+    """Bytes of all tensors in a cache of transformers: keys, values, states of linear attention, placeholders."""
+    held = (vars(layer).items() for layer in getattr(cache, "layers", ()))
+    public = (value for items in held for name, value in items if not name.startswith("_"))
+    each = (one for value in public for one in (value.values() if isinstance(value, dict) else (value,)))
+    return sum(_bytes(one) for one in each if isinstance(one, Tensor))
 
 
 def computed_cache_bytes(
     config: Any, *, batch_size: int, tokens: int, element_bytes: int, dropped: Collection[int] = ()
 ) -> int | None:
-    """Bytes of a KV cache: 2 · KV heads · head width · bytes · batch · tokens, of every attention that is left.
+    """Bytes of a cache by formula: 2 · KV heads · head width · bytes · batch · tokens, of every attention that is left.
 
-    A layer with a sliding window keeps the window less the token that is being decoded. (arXiv 2406.15786, section 5)
+    That is the KV cache of arXiv 2406.15786, section 5. A layer with a sliding window keeps the window less the token
+    that is being decoded; a gated delta net (arXiv 2412.06464) keeps a state of fixed size; a dropped attention keeps
+    two numbers a token, from which the cache knows its length, and a dropped delta net nothing.
 
     Args:
         config: Configuration of the model.
         batch_size: Sequences.
         tokens: Tokens in each.
-        element_bytes: Bytes of a number.
-        dropped: Layers whose attention is dropped; they hold nothing.
+        element_bytes: Bytes of a number in the model's dtype.
+        dropped: Layers whose attention is dropped.
 
     Returns:
-        None where the configuration does not tell the shape of keys and values.
+        None where the configuration does not tell the shapes.
     """
     config = config.get_text_config(decoder=True)
+    per_token, state = _numbers_per_token(config), _delta_state(config, element_bytes)
+    kinds = _kinds(config)
+    if per_token is None or set(kinds) - _KINDS or (_LINEAR in kinds and state is None):
+        return None
+    window = getattr(config, "sliding_window", None)
+    total = 0
+    for layer, kind in enumerate(kinds):
+        if kind == _LINEAR:
+            total += 0 if layer in dropped else batch_size * (state or 0)
+        else:
+            kept = min(tokens, window - 1) if kind == _SLIDING and window else tokens
+            total += batch_size * kept * element_bytes * (2 if layer in dropped else per_token)
+    return total
+
+
+def layers_without_attention(model: Any) -> tuple[int, ...]:
+    """Layers whose attention is dropped, be it in place or in an export of `trace prune --format hf`."""
+    _, layers = find_layers(model)
+
+    def is_gone(layer: Any) -> bool:
+        # By name: an export brings a class of its own along, written in the same words.
+        return any(type(getattr(layer, name, None)).__name__ == Skipped.__name__ for name in ATTENTION_NAMES)
+
+    return tuple(index for index, layer in enumerate(layers) if is_gone(layer))
+
+
+def _kinds(config: Any) -> list[str]:
+    """The kind of each layer's attention."""
+    everywhere = _SLIDING if getattr(config, "sliding_window", None) else _FULL
+    return list(getattr(config, "layer_types", None) or [everywhere] * config.num_hidden_layers)
+
+
+def _numbers_per_token(config: Any) -> int | None:
+    """Numbers that one attention keeps of one token: its keys and values."""
     heads = getattr(config, "num_attention_heads", None)
     width = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else None)
     kv_heads = _kv_heads(config, heads)
     if width is None or kv_heads is None or getattr(config, "kv_lora_rank", None) is not None:
         return None
-    window = getattr(config, "sliding_window", None)
-    n_layers = config.num_hidden_layers
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * n_layers
-    if set(kinds) - {"full_attention", "sliding_attention"}:
-        return None
-    kept = [kind for layer, kind in enumerate(kinds) if layer not in dropped]
-    held: int = sum(min(tokens, window - 1) if kind == "sliding_attention" and window else tokens for kind in kept)
-    return 2 * kv_heads * int(width) * element_bytes * batch_size * held
+    return 2 * kv_heads * int(width)
 
 
 def _kv_heads(config: Any, heads: int | None) -> int | None:
-    if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
+    if getattr(config, "new_decoder_architecture", False):
+        return heads  # Falcon-40B: transformers keeps its keys and values once for every head
+    if getattr(config, "multi_query", False):
         return 1  # Falcon-7B
     for name in ("num_key_value_heads", "num_kv_heads"):
         if isinstance(found := getattr(config, name, None), int):
             return found
     return heads
+
+
+def _delta_state(config: Any, element_bytes: int) -> int | None:
+    """Bytes that a gated delta net keeps of one sequence: the last inputs of its convolution, and its float32 state."""
+    names = ("num_key_heads", "key_head_dim", "num_value_heads", "value_head_dim", "conv_kernel_dim")
+    shape = [getattr(config, f"linear_{name}", 0) for name in names]
+    if not all(shape):
+        return None
+    key_heads, key_width, value_heads, value_width, kernel = map(int, shape)
+    channels = 2 * key_heads * key_width + value_heads * value_width
+    return channels * kernel * element_bytes + value_heads * key_width * value_width * torch.float32.itemsize
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -3,7 +3,7 @@
 import inspect
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from statistics import fmean, median, stdev
 from typing import Any
@@ -15,6 +15,7 @@ from redundancy_trace.errors import CheckpointError, InputError
 from redundancy_trace.evaluation.memory import (
     cache_bytes,
     computed_cache_bytes,
+    layers_without_attention,
     peak_memory,
     read_weight_bytes,
     weight_bytes,
@@ -49,17 +50,8 @@ class Load:
     rounds: int = 5
 
 
-@dataclass(frozen=True)
-class Variant:
-    """One form of a model: whole, or with a plan's components dropped while its context is open.
-
-    Attributes:
-        opened: Opens the form; called once a round.
-        without_attention: Layers whose attention is dropped.
-    """
-
-    opened: Callable[[], AbstractContextManager[Any]] = nullcontext
-    without_attention: tuple[int, ...] = ()
+# A form of a model: opens it, whole or with components dropped; called once a round.
+Variant = Callable[[], AbstractContextManager[Any]]
 
 
 @dataclass
@@ -113,12 +105,12 @@ def measure_speed(model: Any, variants: Sequence[Variant], load: Load) -> list[l
     ids = _prompts(model, load)
     costs = []
     for variant in variants:
-        with variant.opened():
-            costs.append(_costs(model, ids, load, variant))
+        with variant():
+            costs.append(_costs(model, ids, load))
     timings = [_Timings() for _ in variants]
     for _ in range(load.rounds):
         for variant, timing in zip(variants, timings, strict=True):
-            with variant.opened():
+            with variant():
                 _time(model, ids, load, timing)
     return [_told(load, timings, costs, k) for k in range(len(variants))]
 
@@ -169,7 +161,7 @@ class _Decoder:
 
 
 @torch.no_grad()
-def _costs(model: Any, ids: torch.Tensor, load: Load, variant: Variant) -> _Costs:
+def _costs(model: Any, ids: torch.Tensor, load: Load) -> _Costs:
     """Two untimed generations, which also warm up; the step that is counted is the last of the first one."""
     decoder = _Decoder(model)
     with FlopCounterMode(display=False, custom_mapping=_ATTENTION_ON_CPU) as prefill:
@@ -189,7 +181,7 @@ def _costs(model: Any, ids: torch.Tensor, load: Load, variant: Variant) -> _Cost
         batch_size=load.batch_size,
         tokens=load.prompt_tokens + load.new_tokens,
         element_bytes=model.get_input_embeddings().weight.element_size(),
-        dropped=variant.without_attention,
+        dropped=layers_without_attention(model),
     )
     return _Costs(
         prefill_flops=prefill.get_total_flops(),

@@ -116,12 +116,19 @@ class _OnDisk(_Subject):
     @cached_property
     def model(self) -> Any:
         from redundancy_trace.engine import choose_device, choose_dtype
+        from redundancy_trace.pruning.formats.hf import MODULE
         from redundancy_trace.weights import load_whole_model
 
+        folder = self._checkpoint.folder
+        if not self.settings.trust_remote_code and (folder / f"{MODULE}.py").is_file():
+            raise InputError(
+                f"{folder} is what trace prune --format hf wrote: a short file of code comes with it. Add "
+                "--trust-remote-code to run it."
+            )
         device = choose_device(self.settings.device)
         self._reporter.line(f"Loading {self._checkpoint.revision} …")
         return load_whole_model(
-            self._checkpoint.folder,
+            folder,
             device=device,
             dtype=choose_dtype(self.settings.dtype, device),
             trust_remote_code=self.settings.trust_remote_code,
@@ -214,6 +221,7 @@ def run_evaluation(
     import polars as pl
 
     from redundancy_trace.loading import open_checkpoint
+    from redundancy_trace.pruning.planning import check_model
 
     assert settings.model is not None  # held by the settings
     plan = plan or _plan_in(settings)
@@ -227,6 +235,8 @@ def run_evaluation(
         endpoint=settings.endpoint,
         offline=settings.offline,
     ) as checkpoint:
+        if plan is not None:
+            check_model(plan.model, plan.commit, checkpoint, "plan")
         subject = _OnDisk(settings, checkpoint, reporter)
         place = _place(settings, checkpoint)
         stored = finished_evaluations(place)
