@@ -25,7 +25,13 @@ from redundancy_trace.store import (
     tidy_run,
     write_evaluations,
 )
-from redundancy_trace.sweep.evaluating import EvaluationResult, identity_of_facts, text_errors, windows_facts
+from redundancy_trace.sweep.evaluating import (
+    EvaluationResult,
+    identity_of_facts,
+    positions_of,
+    text_errors,
+    windows_facts,
+)
 from redundancy_trace.sweep.interrupting import interrupts_kept
 from redundancy_trace.sweep.pipeline import awaited, fetching_ahead, reason_of
 from redundancy_trace.sweep.tasks import Task, labels_of
@@ -246,6 +252,7 @@ def _measured(
 ) -> "pl.DataFrame":
     import torch
 
+    from redundancy_trace.calibration import check_length
     from redundancy_trace.engine import choose_device
     from redundancy_trace.evaluation import along_rows
     from redundancy_trace.weights import load_whole_model
@@ -256,5 +263,7 @@ def _measured(
         dtype=getattr(torch, run.dtype),
         trust_remote_code=run.trust_remote_code,
     )
+    with text_errors():
+        check_length(windows.ids.shape[1], positions_of(model))
     numbers = along_rows(model, windows, step.plans, batch_size=settings.batch_size, on_loss=reporter.step)
     return evaluations_frame(step.task.labels, "along", numbers)
