@@ -35,6 +35,7 @@ ORDER = (
     "analysis",
     "figures",
     "pruning",
+    "evaluation",
     "demo",
     "sweep",
     "cli",

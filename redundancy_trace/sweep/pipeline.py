@@ -45,7 +45,7 @@ def score_all(
     device = choose_device(settings.device)
     let_go = keep if settings.keep else discard
     scored, failures = 0, {}
-    with interrupts_kept() as look, _fetching(settings, listing, run.folder, hub, reporter) as begin:
+    with interrupts_kept() as look, fetching_ahead(settings, listing, run.folder, hub, reporter) as begin:
         ahead = begin(tasks[0])
         for number, task in enumerate(tasks):
             look()
@@ -54,7 +54,7 @@ def score_all(
             fetched: Fetched | None = None
             scores: list[ModelScores] = []
             try:
-                fetched = _awaited(ahead)
+                fetched = awaited(ahead)
                 if number + 1 < len(tasks):
                     ahead = begin(tasks[number + 1])
                 reporter.scoring(name)
@@ -76,7 +76,7 @@ def score_all(
                 # Input that fits none is told at once; what others bore is a fault of this one, and they go on.
                 if isinstance(error, InputError) and not (scored or any_stored):
                     raise
-                failures[name] = _reason(error)
+                failures[name] = reason_of(error)
                 if fetched is None and number + 1 < len(tasks):
                     ahead = begin(tasks[number + 1])
             # Stored before its weights go: whatever ends the sweep before that leaves them to be gone on with.
@@ -99,7 +99,7 @@ def not_scored(name: str, reason: str) -> str:
     return f"{name}: not scored: {reason}"
 
 
-def _awaited(future: "Future[Fetched]") -> Fetched:
+def awaited(future: "Future[Fetched]") -> Fetched:
     """The result, waited for in short turns: once polars has run, a signal no longer ends the wait for a lock."""
     while not wait([future], timeout=0.2).done:
         pass
@@ -107,7 +107,7 @@ def _awaited(future: "Future[Fetched]") -> Fetched:
 
 
 @contextmanager
-def _fetching(
+def fetching_ahead(
     settings: TraceSettings, listing: Listing, folder: Path, hub: Hub, reporter: Reporter
 ) -> Iterator[Callable[[Task], Future[Fetched]]]:
     """A thread that fetches one checkpoint at a time.
@@ -161,7 +161,7 @@ def _fetching(
         close_transit(folder)
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """Why a checkpoint has no scores; of a fault that nobody foresaw, what it was and where."""
     if isinstance(error, TraceError):
         return str(error)
