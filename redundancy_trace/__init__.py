@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from redundancy_trace.pruning import DropPlan, plan_drop, published_orders, read_plan
     from redundancy_trace.pruning.exporting import prune
     from redundancy_trace.pruning.inplace import drop_, dropped
+    from redundancy_trace.report import write_report
     from redundancy_trace.store import read_distances, read_duplicates, read_scores
     from redundancy_trace.sweep import score_model, trace
 
@@ -61,6 +62,7 @@ _HOMES = {
     "topk_overlap": "analysis",
     "trace": "sweep",
     "training_stats": "analysis",
+    "write_report": "report",
 }
 
 __all__ = [
@@ -95,6 +97,7 @@ __all__ = [
     "topk_overlap",
     "trace",
     "training_stats",
+    "write_report",
 ]
 
 

@@ -34,13 +34,14 @@ ORDER = (
     "store",
     "analysis",
     "figures",
+    "report",
     "pruning",
     "demo",
     "sweep",
     "cli",
 )
 # What runs on a laptop from a folder that a cluster wrote.
-LIGHT = ("errors", "versions", "writing", "locking", "metrics", "settings", "store", "analysis", "figures")
+LIGHT = ("errors", "versions", "writing", "locking", "metrics", "settings", "store", "analysis", "figures", "report")
 
 
 def files_of(module):
