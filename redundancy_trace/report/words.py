@@ -64,7 +64,7 @@ def _of_component(stats: TrainingStats, component: str) -> str:
     which = f"{len(layers)} most redundant" if len(layers) > 1 else "most redundant"
     verb = "are" if len(layers) > 1 else "is"
     at = "At the last checkpoint the" if several else "The"
-    said = [f"{at} {which} of {n_layers} layers {verb} {_listed(list(map(str, layers)))}."]
+    said = [f"{at} {which} of {n_layers} layers {verb} {_in_a_row(list(map(str, layers)))}."]
     if several:
         said += _of_order(stats, component)
     trend = stats.trends.filter(component=component, layers="inner").row(0, named=True)
@@ -133,7 +133,10 @@ def _banded(row: dict[str, Any], chance: str = "") -> str:
 
 
 def _listed(names: list[str]) -> str:
-    """Names in a row: `a, b and c`; of many the first ones and how many more."""
-    if len(names) > _NAMED:
-        return f"{', '.join(names[:_NAMED])} and {len(names) - _NAMED} more"
+    """Names in a row; of many the first ones and how many more."""
+    return _in_a_row(names if len(names) <= _NAMED else [*names[: _NAMED - 1], f"{len(names) - _NAMED + 1} more"])
+
+
+def _in_a_row(names: list[str]) -> str:
+    """As in `a, b and c`."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
