@@ -36,6 +36,7 @@ ORDER = (
     "figures",
     "report",
     "pruning",
+    "evaluation",
     "demo",
     "sweep",
     "cli",

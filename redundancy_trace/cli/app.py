@@ -2,6 +2,7 @@
 
 import typer
 
+from redundancy_trace.cli.evaluating import eval_command
 from redundancy_trace.cli.listing import list_command
 from redundancy_trace.cli.plotting import plot_command
 from redundancy_trace.cli.pruning import prune_command
@@ -23,6 +24,7 @@ app.callback(
 )(sweep_command)
 app.command("list")(list_command)
 app.command("plot")(plot_command)
+app.command("eval")(eval_command)
 app.command("stats")(stats_command)
 app.command("report")(report_command)
 app.command("prune")(prune_command)

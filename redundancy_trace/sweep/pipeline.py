@@ -46,7 +46,7 @@ def score_all(
     device = choose_device(settings.device)
     let_go = keep if settings.keep else discard
     scored, failures = 0, {}
-    with interrupts_kept() as look, _fetching(settings, listing, run.folder, hub, reporter) as begin:
+    with interrupts_kept() as look, fetching_ahead(settings, listing, run.folder, hub, reporter) as begin:
         ahead = begin(tasks[0])
         for number, task in enumerate(tasks):
             look()
@@ -54,7 +54,7 @@ def score_all(
             started = time.monotonic()
             fetched: Fetched | None = None
             try:
-                fetched = _awaited(ahead)
+                fetched = awaited(ahead)
                 if number + 1 < len(tasks):
                     ahead = begin(tasks[number + 1])
                 reporter.scoring(name)
@@ -73,7 +73,7 @@ def score_all(
                 # Input that fits none is told at once; what others bore is a fault of this one, and they go on.
                 if isinstance(error, InputError) and not (scored or any_stored):
                     raise
-                reason = _reason(error)
+                reason = reason_of(error)
                 failures[name] = reason
                 store.write_failure(run.folder, task.labels, reason)
                 reporter.finished(not_scored(name, reason))
@@ -95,7 +95,7 @@ def not_scored(name: str, reason: str) -> str:
     return f"{name}: not scored: {reason}"
 
 
-def _awaited(future: "Future[Fetched]") -> Fetched:
+def awaited(future: "Future[Fetched]") -> Fetched:
     """The result, waited for in short turns: once polars has run, a signal no longer ends the wait for a lock."""
     while not wait([future], timeout=0.2).done:
         pass
@@ -103,7 +103,7 @@ def _awaited(future: "Future[Fetched]") -> Fetched:
 
 
 @contextmanager
-def _fetching(
+def fetching_ahead(
     settings: TraceSettings, listing: Listing, folder: Path, hub: Hub, reporter: Reporter
 ) -> Iterator[Callable[[Task], Future[Fetched]]]:
     """A thread that fetches one checkpoint at a time.
@@ -157,7 +157,7 @@ def _fetching(
         close_transit(folder)
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """Why a checkpoint has no scores; of a fault that nobody foresaw, what it was and where."""
     if isinstance(error, TraceError):
         return str(error)
