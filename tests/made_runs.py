@@ -36,7 +36,8 @@ def write_made_run(folder, scores, *, repeats=None, partly=None, failures=None, 
         "calibration", "revision", as_dict=True, maintain_order=True
     ).items():
         k = names.index(calibration)
-        store._write_parquet(folder / "scores" / f"{rows['commit'][0][-12:]}-{k:012x}.parquet", rows)
+        (folder / "scores").mkdir(exist_ok=True)
+        rows.write_parquet(folder / "scores" / f"{rows['commit'][0][-12:]}-{k:012x}.parquet")
         assert rows["revision"].unique().to_list() == [revision]
     labels = ("revision", "commit", "stage", "ingredient", "seed", "step", "tokens")
     seen = scores.select(labels).unique(subset="revision", maintain_order=True).to_dicts()
