@@ -18,6 +18,7 @@ from redundancy_trace.analysis.frames import complete
 from redundancy_trace.errors import InputError, nearest
 from redundancy_trace.figures.agreement import (
     agreement_values,
+    draw_agreements,
     draw_overlaps,
     overlap_values,
     plot_agreement,
@@ -234,7 +235,7 @@ FIGURES: dict[str, FigureKind] = {
         "mean importance of each component over training, with intervals",
     ),
     "agreement": FigureKind(
-        lambda stored, _, width: plot_agreements(stored.scores, duplicates=stored.duplicates, width=width),
+        lambda stored, values, width: draw_agreements(stored.scores, values, stored.duplicates, width),
         lambda stored: agreement_values(stored.scores, stored.duplicates),
         "Spearman of the layers' order between every two checkpoints",
     ),

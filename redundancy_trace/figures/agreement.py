@@ -92,12 +92,18 @@ def plot_agreements(
     Raises:
         InputError: As `plot_agreement`.
     """
-    rows = _in_series(scores, duplicates)
-    return draw_agreements(rows, agreement_values(rows), coefficient, width)
+    return draw_agreements(scores, agreement_values(scores, duplicates), duplicates, width, coefficient)
 
 
-def draw_agreements(rows: pl.DataFrame, values: pl.DataFrame, coefficient: str, width: Width) -> Figure:
+def draw_agreements(
+    scores: pl.DataFrame,
+    values: pl.DataFrame,
+    duplicates: pl.DataFrame | None,
+    width: Width,
+    coefficient: str = "spearman",
+) -> Figure:
     """As `plot_agreements`, of values that were computed before."""
+    rows = _in_series(scores, duplicates)
     scale = training_scale(training_axis(rows))
     components = values["component"].unique(maintain_order=True).to_list()
     with paper_style():
@@ -206,7 +212,9 @@ def overlap_values(scores: pl.DataFrame, duplicates: pl.DataFrame | None = None)
     if series.checkpoints.height == 1:
         raise InputError("Overlap is with the last of two checkpoints or more; these scores are of one.")
     return pl.concat(
-        topk_overlap(scores, component, duplicates).select(pl.lit(component).alias("component"), pl.all())
+        topk_overlap(scores.filter(component=component), component, duplicates).select(
+            pl.lit(component).alias("component"), pl.all()
+        )
         for component in series.grids
     )
 

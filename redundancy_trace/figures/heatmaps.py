@@ -165,7 +165,7 @@ def plot_calibrations(
         grids[str(component)] = grid = np.full(shape, np.nan)
         columns = [len(names) - 1 - labels.index(label) for label in rows["calibration"]]
         grid[rows["layer"].to_numpy(), columns] = rows["value"].to_numpy()
-    height = max(1.9 if width == "page" else 1.2, 0.9 + 0.16 * len(names))
+    height = max(2.1 if width == "page" else 1.2, 0.9 + 0.16 * len(names))
     with paper_style():
         drawn = _Grids(layer_metric(metric), scale, grids, np.zeros(len(names), dtype=np.bool_))
         figure = _panels(drawn, "y", width, height)

@@ -6,7 +6,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MultipleLocator
 
-from redundancy_trace.analysis import checkpoint_statistics, main_series
+from redundancy_trace.analysis import main_series
+from redundancy_trace.analysis.trends import curves_frame, mean_importance
 from redundancy_trace.errors import InputError
 from redundancy_trace.figures.style import (
     COMPONENT_COLOURS,
@@ -90,12 +91,12 @@ def trend_values(
     """What `plot_trends` shows: one statistic of `checkpoint_statistics`."""
     if statistic is not None and statistic not in STATISTICS:
         raise InputError(f"{statistic!r} is no statistic of this figure; known: {', '.join(STATISTICS)}.")
-    found = checkpoint_statistics(scores, duplicates)
-    names = [statistic] if statistic else list(STATISTICS)
-    for name in names:
-        rows = found.filter(statistic=name)
-        if not rows.is_empty():
-            return rows
+    series = main_series(scores, duplicates)
+    layers = {"importance_inner": "inner", "importance": "all"}
+    for name in [statistic] if statistic else list(STATISTICS):
+        curves = [mean_importance(series, component, layers[name]) for component in series.grids]
+        if found := [curve for curve in curves if curve is not None]:
+            return curves_frame(series, found)
     raise InputError("There is no layer between the first and the last; use statistic='importance'.")
 
 
