@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -92,6 +91,8 @@ class _Subject:
     @property
     def positions(self) -> int | None:
         """The longest sequence that the model takes; None where it has no limit."""
+        from redundancy_trace.evaluation import positions_of
+
         return positions_of(self.model)
 
     @property
@@ -139,8 +140,8 @@ class _OnDisk(_Subject):
 
     @cached_property
     def windows(self) -> "Windows":
-        from redundancy_trace.calibration import check_length, load_stream
-        from redundancy_trace.evaluation import cut_windows, tokens_needed
+        from redundancy_trace.calibration import load_stream
+        from redundancy_trace.evaluation import cut_windows, text_errors, tokens_needed
 
         settings, checkpoint = self.settings, self._checkpoint
         local = is_local(settings.model or "") or settings.offline
@@ -162,11 +163,9 @@ class _OnDisk(_Subject):
                 hub=checkpoint.hub,
                 trust_remote_code=settings.trust_remote_code,
             )
-            if stored and settings.samples is None:
-                samples = 0  # all that the user gives
-            windows = cut_windows(stream, samples=samples, sequence_length=length, stride=settings.stride)
-            check_length(windows.ids.shape[1], self.positions)
-        return windows
+        if stored and settings.samples is None:
+            samples = 0  # all that the user gives
+        return cut_windows(stream, samples=samples, sequence_length=length, stride=settings.stride)
 
 
 class _InMemory(_Subject):
@@ -287,23 +286,6 @@ def _plan_in(settings: EvaluationSettings) -> "DropPlan | None":
     from redundancy_trace.pruning import read_plan
 
     return None if settings.plan is None else read_plan(settings.plan)
-
-
-@contextmanager
-def text_errors() -> Iterator[None]:
-    """What is wrong with a text, told in the words of an evaluation."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(
-            str(error).replace("--calibration", "--text").replace("The calibration", "The text")
-        ) from error
-
-
-def positions_of(model: Any) -> int | None:
-    """The longest sequence that a model takes; None where it has no limit."""
-    found = getattr(model.config, "max_position_embeddings", None)
-    return found if isinstance(found, int) and found > 0 else None
 
 
 def identity_of_facts(facts: dict[str, Any]) -> str:
