@@ -92,8 +92,7 @@ class _Subject:
     @property
     def positions(self) -> int | None:
         """The longest sequence that the model takes; None where it has no limit."""
-        found = getattr(self.model.config, "max_position_embeddings", None)
-        return found if isinstance(found, int) and found > 0 else None
+        return positions_of(self.model)
 
     @property
     def load(self) -> "Load":
@@ -299,6 +298,12 @@ def text_errors() -> Iterator[None]:
         raise InputError(
             str(error).replace("--calibration", "--text").replace("The calibration", "The text")
         ) from error
+
+
+def positions_of(model: Any) -> int | None:
+    """The longest sequence that a model takes; None where it has no limit."""
+    found = getattr(model.config, "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None
 
 
 def identity_of_facts(facts: dict[str, Any]) -> str:
