@@ -42,6 +42,7 @@ class _Step:
     """One checkpoint of the run, and the plans that are carried out on it."""
 
     task: Task
+    labels: Labels
     plans: "tuple[DropPlan, ...]"
 
 
@@ -70,8 +71,8 @@ def run_along(settings: EvaluationSettings, reporter: Reporter) -> EvaluationRes
     windows = _held_out(settings, run, listing, hub, reporter)
     steps = _steps(settings, run, listing, scores, windows)
     stored = finished_evaluations(folder)
-    identities = [step.task.labels.identity for step in steps]
-    left = [step for step in steps if step.task.labels.identity not in stored]
+    identities = [step.labels.identity for step in steps]
+    left = [step for step in steps if step.labels.identity not in stored]
     reporter.line(
         f"{len(steps)} checkpoints, {sum(1 + len(step.plans) for step in steps)} losses on {windows.name} "
         f"({windows.n_tokens:,} tokens)."
@@ -189,7 +190,7 @@ def _steps(
             **windows_facts(windows),
         }
         labels = labels_of(checkpoint, run, run.calibrations[0].label, identity_of_facts(facts))
-        steps.append(_Step(Task(checkpoint, labels), plans))
+        steps.append(_Step(Task(checkpoint, ()), labels, plans))
     return steps
 
 
@@ -234,7 +235,7 @@ def _measure_all(
                 if fetched is None and following is not None:
                     ahead = begin(following)
             if rows is not None:
-                write_evaluations(evaluation_file(run.folder, step.task.labels), rows)
+                write_evaluations(evaluation_file(run.folder, step.labels), rows)
                 reporter.finished(f"{name} measured in {time.monotonic() - started:.1f} s")
             if fetched is not None:
                 (keep if is_kept(fetched) else discard)(fetched)
@@ -257,4 +258,4 @@ def _measured(
         trust_remote_code=run.trust_remote_code,
     )
     numbers = along_rows(model, windows, step.plans, batch_size=settings.batch_size, on_loss=reporter.step)
-    return evaluations_frame(step.task.labels, "along", numbers)
+    return evaluations_frame(step.labels, "along", numbers)
