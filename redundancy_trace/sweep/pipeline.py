@@ -19,7 +19,7 @@ from redundancy_trace.sweep.interrupting import interrupts_kept
 from redundancy_trace.sweep.tasks import Task
 
 if TYPE_CHECKING:
-    from redundancy_trace.calibration import Calibration
+    from redundancy_trace.metrics import ModelScores
     from redundancy_trace.store import Run
 
 _PATIENCE_SECONDS = 2.0
@@ -29,7 +29,6 @@ def score_all(
     settings: TraceSettings,
     listing: Listing,
     run: "Run",
-    calibration: "Calibration",
     tasks: list[Task],
     hub: Hub,
     reporter: Reporter,
@@ -53,38 +52,43 @@ def score_all(
             name = task.checkpoint.name
             started = time.monotonic()
             fetched: Fetched | None = None
+            scores: list[ModelScores] = []
             try:
                 fetched = awaited(ahead)
                 if number + 1 < len(tasks):
                     ahead = begin(tasks[number + 1])
                 reporter.scoring(name)
-                scores = score_checkpoint(
-                    fetched.folder,
-                    calibration.token_ids,
-                    device=device,
-                    dtype=getattr(torch, run.dtype),
-                    batch_size=settings.batch_size,
-                    engine=settings.engine,
-                    trust_remote_code=settings.trust_remote_code,
-                    on_progress=reporter.step,
-                    weights=open_remote_weights(fetched.folder, fetched.remote) if fetched.remote else None,
-                )
+                for part in task.parts:
+                    scores.append(  # noqa: PERF401 - what comes before one that fails is kept
+                        score_checkpoint(
+                            fetched.folder,
+                            part.calibration.token_ids,
+                            device=device,
+                            dtype=getattr(torch, run.dtype),
+                            batch_size=settings.batch_size,
+                            engine=settings.engine,
+                            trust_remote_code=settings.trust_remote_code,
+                            on_progress=reporter.step,
+                            weights=open_remote_weights(fetched.folder, fetched.remote) if fetched.remote else None,
+                        )
+                    )
             except Exception as error:
                 # Input that fits none is told at once; what others bore is a fault of this one, and they go on.
                 if isinstance(error, InputError) and not (scored or any_stored):
                     raise
-                reason = reason_of(error)
-                failures[name] = reason
-                store.write_failure(run.folder, task.labels, reason)
-                reporter.finished(not_scored(name, reason))
-                if fetched is not None:
-                    let_go(fetched)
-                elif number + 1 < len(tasks):
+                failures[name] = reason_of(error)
+                if fetched is None and number + 1 < len(tasks):
                     ahead = begin(tasks[number + 1])
-                continue
             # Stored before its weights go: whatever ends the sweep before that leaves them to be gone on with.
-            store.write_part(run.folder, task.labels, scores)
-            let_go(fetched)
+            for part, found in zip(task.parts, scores, strict=False):
+                store.write_part(run.folder, part.labels, found)
+            for part in task.parts[len(scores) :]:
+                store.write_failure(run.folder, part.labels, failures[name])
+            if fetched is not None:
+                let_go(fetched)
+            if name in failures:
+                reporter.finished(not_scored(name, failures[name]))
+                continue
             scored += 1
             reporter.finished(f"{name} scored in {time.monotonic() - started:.1f} s")
     return scored, failures
