@@ -126,7 +126,7 @@ def _several(given: Any) -> tuple[Any, ...]:
 
 DEFAULT_DROPS = "attn=25%,attn=50%,mlp=25%,block=25%,joint=25%"
 DEFAULT_ORDERS = "importance,deepest,random:0,random:1,random:2,random:3,random:4"
-MEASURES = ("loss", "speed")
+MEASURES = ("loss", "speed", "tasks")
 CURVES = ("attn", "mlp", "block", "joint")
 
 
@@ -155,8 +155,10 @@ class EvaluationSettings:
     scores: Path | None = _measured(
         None, "Run folder with the checkpoint's scores, for --curve [default: scored now, on the same text]."
     )
-    measure: str = _measured("loss,speed", "loss (with bits per byte), speed (with memory and KV cache), or both.")
-    tasks: str | None = _measured(None, "Tasks of lm-eval, such as arc_easy,piqa; needs the extra `eval`.")
+    measure: str = _measured(
+        "loss,speed", "loss (with bits per byte), speed (with memory and KV cache), tasks (those alone), or several."
+    )
+    tasks: str | None = _measured(None, "Tasks of lm-eval too, such as arc_easy,piqa; needs the extra `eval`.")
     task_folder: Path | None = _measured(None, "Folder with YAML files of further tasks.")
     limit: int | None = _measured(None, "Only so many questions of each task.")
     shots: int | None = _measured(None, "Examples in front of each question [default: as the task says].")
@@ -217,6 +219,10 @@ class EvaluationSettings:
                 "Nothing to evaluate is named. Try trace eval FOLDER, trace eval --model EleutherAI/pythia-70m "
                 "--revision step143000, or trace eval --along RUN."
             )
+        if not listed(self.measure):
+            raise InputError(f"--measure names nothing; known: {', '.join(MEASURES)}.")
+        if "tasks" in listed(self.measure) and not listed(self.tasks):
+            raise InputError("--measure tasks: name some with --tasks, such as --tasks arc_easy,piqa.")
         if self.plan is not None and self.curve is not None:
             raise InputError("--curve makes plans of its own; leave out --plan.")
 

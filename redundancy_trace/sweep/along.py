@@ -25,13 +25,7 @@ from redundancy_trace.store import (
     tidy_run,
     write_evaluations,
 )
-from redundancy_trace.sweep.evaluating import (
-    EvaluationResult,
-    identity_of_facts,
-    positions_of,
-    text_errors,
-    windows_facts,
-)
+from redundancy_trace.sweep.evaluating import EvaluationResult, identity_of_facts, windows_facts
 from redundancy_trace.sweep.interrupting import interrupts_kept
 from redundancy_trace.sweep.pipeline import awaited, fetching_ahead, reason_of
 from redundancy_trace.sweep.tasks import Task, labels_of
@@ -128,7 +122,7 @@ def _scores_of(folder: Path) -> "pl.DataFrame":
 def _held_out(settings: EvaluationSettings, run: Run, listing: Listing, hub: Hub, reporter: Reporter) -> "Windows":
     """Windows in the shape of the run's calibration: of the same text from where that ends, or of another text."""
     from redundancy_trace.calibration import load_stream, made_from, tokenizer_sources
-    from redundancy_trace.evaluation import cut_windows, tokens_needed
+    from redundancy_trace.evaluation import cut_windows, text_errors, tokens_needed
 
     record = run.calibrations[0]
     source = made_from(run.folder, record.sha256)
@@ -253,7 +247,6 @@ def _measured(
 ) -> "pl.DataFrame":
     import torch
 
-    from redundancy_trace.calibration import check_length
     from redundancy_trace.engine import choose_device
     from redundancy_trace.evaluation import along_rows
     from redundancy_trace.weights import load_whole_model
@@ -264,7 +257,5 @@ def _measured(
         dtype=getattr(torch, run.dtype),
         trust_remote_code=run.trust_remote_code,
     )
-    with text_errors():
-        check_length(windows.ids.shape[1], positions_of(model))
     numbers = along_rows(model, windows, step.plans, batch_size=settings.batch_size, on_loss=reporter.step)
     return evaluations_frame(step.labels, "along", numbers)
