@@ -216,6 +216,11 @@ def keep(fetched: Fetched) -> None:
     leave(fetched)
 
 
+def is_kept(fetched: Fetched) -> bool:
+    """Whether it lies in the run because the user wanted to `--keep` it."""
+    return fetched._claim is not None and (fetched._claim.folder / _KEPT).exists()
+
+
 def cache_folder() -> Path:
     """Where this program keeps what no run holds: `$XDG_CACHE_HOME/redundancy-trace`, else below `~/.cache`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "redundancy-trace"

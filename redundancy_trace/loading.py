@@ -26,6 +26,7 @@ class OpenCheckpoint:
         model: The model as rows of scores name it: the repository, or the folder's own name.
         revision: Its name in the model.
         commit: 40 hex digits; of a local folder a hash over its config and weights.
+        listed: What the listing says of it.
         folder: Config and weights.
         tokenizers: Where its tokenizer may be.
         trust_remote_code: Whether code in the folder may be run.
@@ -37,6 +38,7 @@ class OpenCheckpoint:
     model: str
     revision: str
     commit: str
+    listed: Checkpoint
     folder: Path
     tokenizers: tuple[TokenizerSource, ...]
     trust_remote_code: bool
@@ -97,6 +99,7 @@ def open_checkpoint(
             model=_label(str(model), local=local),
             revision=checkpoint.name,
             commit=_commit(checkpoint),
+            listed=checkpoint,
             folder=fetched.folder,
             tokenizers=(TokenizerSource(fetched.folder), *tokenizer_sources(listing)),
             trust_remote_code=trust_remote_code,

@@ -10,7 +10,7 @@ def say(text: str) -> None:
 
 def print_table(columns: list[str], cells: list[list[str]]) -> None:
     """Plain columns, words to the left and numbers to the right, never cut: the output may be piped."""
-    left = {"", "checkpoint", "name", "commit", "format", "kind", "duplicate of"}
+    left = {"", "checkpoint", "name", "commit", "format", "kind", "duplicate of", "on"}
     widths = [max(len(row[i]) for row in [columns, *cells]) for i in range(len(columns))]
     for row in [columns, *cells]:
         typer.echo(

@@ -2,14 +2,14 @@
 
 import inspect
 import json
-from dataclasses import fields
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Any
 
 import typer
 
+from redundancy_trace.cli.options import hinted, with_settings
 from redundancy_trace.cli.printing import decimal, evenly, number, print_table, repeated, say
 from redundancy_trace.errors import InputError
-from redundancy_trace.settings import TraceSettings, flag_of
+from redundancy_trace.settings import TraceSettings
 
 if TYPE_CHECKING:
     import polars as pl
@@ -56,44 +56,36 @@ def _print_versions(wanted: bool) -> None:  # noqa: FBT001 - called by the parse
     raise typer.Exit
 
 
-def _with_settings_as_options() -> Any:
-    """The sweep with one option for each field of the settings, so that a flag is defined in one place."""
-    hints = get_type_hints(TraceSettings)
-    parameters = [inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)]
-    kind = inspect.Parameter.KEYWORD_ONLY
-    for field in fields(TraceSettings):
-        option = typer.Option(flag_of(field.name), help=field.metadata["help"], show_default=bool(field.default))
-        # Built by call: written with brackets it would be a type to the checker, and the hint is a value.
-        annotation = Annotated.__class_getitem__((hints[field.name], option))  # type: ignore[attr-defined]
-        parameters.append(inspect.Parameter(field.name, kind, default=field.default, annotation=annotation))
-    told = typer.Option(
-        "--version",
-        help="Print the versions of this program and its libraries.",
-        is_eager=True,
-        callback=_print_versions,
-    )
-    shown = Annotated.__class_getitem__((bool, told))  # type: ignore[attr-defined]
-    parameters.append(inspect.Parameter("version", kind, default=False, annotation=shown))
-    _sweep.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    _sweep.__annotations__ = {p.name: p.annotation for p in parameters}
-    return _sweep
-
-
-sweep_command = _with_settings_as_options()
+_CONTEXT = inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
+_VERSION = typer.Option(
+    "--version",
+    help="Print the versions of this program and its libraries.",
+    is_eager=True,
+    callback=_print_versions,
+)
+sweep_command = with_settings(
+    _sweep,
+    TraceSettings,
+    first=(_CONTEXT,),
+    last=(
+        inspect.Parameter("version", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=hinted(bool, _VERSION)),
+    ),
+)
 
 
 def _summary(result: "SweepResult") -> "pl.DataFrame":
     from redundancy_trace.analysis import mark_repeats, one_calibration, training_summary
     from redundancy_trace.store import read_duplicates, read_scores
 
-    summary = training_summary(one_calibration(read_scores(result.folder), result.calibration))
+    summary = training_summary(one_calibration(read_scores(result.folder), result.calibrations[0]))
     return mark_repeats(summary, read_duplicates(result.folder))
 
 
 def _result_as_json(result: "SweepResult") -> dict[str, Any]:
     return {
         "run": str(result.folder),
-        "calibration": result.calibration,
+        "calibration": result.calibrations[0],
+        "calibrations": result.calibrations,
         "scored": result.scored,
         "kept": result.kept,
         "failures": result.failures,
@@ -137,11 +129,14 @@ def print_result(result: "SweepResult") -> None:
     else:
         cells = [cell[:-1] for cell in cells]
     typer.echo(
-        f"Mean importance 1 - cos over all layers (0 = redundant), loss in nats per token, on {result.calibration}:"
+        f"Mean importance 1 - cos over all layers (0 = redundant), loss in nats per token, on {result.calibrations[0]}:"
     )
     print_table(columns, cells)
     if len(rows) < len(summary):
         typer.echo(f"({len(rows)} of {len(summary)} checkpoints are shown)")
+    if len(result.calibrations) > 1:
+        others = ", ".join(result.calibrations[1:])
+        typer.echo(f"Scored on {others} too; `trace stats {result.folder}` tells how far the order depends on it.")
     pictures = [path for path in result.figures if path.suffix == ".png"]
     if pictures:
         typer.echo(f"Figures: {', '.join(str(path) for path in pictures)}")

@@ -111,7 +111,7 @@ def plan_for(
         if order != "importance":
             raise InputError(f"A plan has an order of its own; leave out --order {order}.")
         given = plan if isinstance(plan, DropPlan) else read_plan(plan)
-        _check_model(given.model, given.commit, checkpoint, "plan")
+        check_model(given.model, given.commit, checkpoint, "plan")
         return given
     assert drop is not None
     if order == "iterative":
@@ -141,7 +141,7 @@ def _from_run(checkpoint: OpenCheckpoint, drop: str, order: str, scores: str | P
     same = rows.filter(pl.col("commit") == checkpoint.commit)
     if same.is_empty():
         named = rows.filter(pl.col("revision") == checkpoint.revision)
-        _check_model(rows["model"][0], None, checkpoint, "run")
+        check_model(rows["model"][0], None, checkpoint, "run")
         moved = f" It has scores of {checkpoint.revision} at another commit." if not named.is_empty() else ""
         raise InputError(
             f"{scores} has no scores of {checkpoint.revision} at commit {checkpoint.commit[:12]}.{moved} Score it: "
@@ -200,8 +200,12 @@ def _iterative(checkpoint: OpenCheckpoint, drop: str, text: Text, device: str, d
     )  # fmt: skip
 
 
-def _check_model(model: str | None, commit: str | None, checkpoint: OpenCheckpoint, what: str) -> None:
-    """Refuse a plan or a run of another model; another checkpoint of the same model is what along training needs."""
+def check_model(model: str | None, commit: str | None, checkpoint: OpenCheckpoint, what: str) -> None:
+    """Refuse a plan or a run of another model; another checkpoint of the same model is what along training needs.
+
+    Raises:
+        InputError: It is of another model.
+    """
     if model is not None and model != checkpoint.model and commit != checkpoint.commit:
         raise InputError(
             f"The {what} is of {model}, not of {checkpoint.model} at {checkpoint.commit[:12]}. Make one of this model: "

@@ -19,7 +19,7 @@ from redundancy_trace.sweep.interrupting import interrupts_kept
 from redundancy_trace.sweep.tasks import Task
 
 if TYPE_CHECKING:
-    from redundancy_trace.calibration import Calibration
+    from redundancy_trace.metrics import ModelScores
     from redundancy_trace.store import Run
 
 _PATIENCE_SECONDS = 2.0
@@ -29,7 +29,6 @@ def score_all(
     settings: TraceSettings,
     listing: Listing,
     run: "Run",
-    calibration: "Calibration",
     tasks: list[Task],
     hub: Hub,
     reporter: Reporter,
@@ -46,45 +45,50 @@ def score_all(
     device = choose_device(settings.device)
     let_go = keep if settings.keep else discard
     scored, failures = 0, {}
-    with interrupts_kept() as look, _fetching(settings, listing, run.folder, hub, reporter) as begin:
+    with interrupts_kept() as look, fetching_ahead(settings, listing, run.folder, hub, reporter) as begin:
         ahead = begin(tasks[0])
         for number, task in enumerate(tasks):
             look()
             name = task.checkpoint.name
             started = time.monotonic()
             fetched: Fetched | None = None
+            scores: list[ModelScores] = []
             try:
-                fetched = _awaited(ahead)
+                fetched = awaited(ahead)
                 if number + 1 < len(tasks):
                     ahead = begin(tasks[number + 1])
                 reporter.scoring(name)
-                scores = score_checkpoint(
-                    fetched.folder,
-                    calibration.token_ids,
-                    device=device,
-                    dtype=getattr(torch, run.dtype),
-                    batch_size=settings.batch_size,
-                    engine=settings.engine,
-                    trust_remote_code=settings.trust_remote_code,
-                    on_progress=reporter.step,
-                    weights=open_remote_weights(fetched.folder, fetched.remote) if fetched.remote else None,
-                )
+                for part in task.parts:
+                    scores.append(  # noqa: PERF401 - what comes before one that fails is kept
+                        score_checkpoint(
+                            fetched.folder,
+                            part.calibration.token_ids,
+                            device=device,
+                            dtype=getattr(torch, run.dtype),
+                            batch_size=settings.batch_size,
+                            engine=settings.engine,
+                            trust_remote_code=settings.trust_remote_code,
+                            on_progress=reporter.step,
+                            weights=open_remote_weights(fetched.folder, fetched.remote) if fetched.remote else None,
+                        )
+                    )
             except Exception as error:
                 # Input that fits none is told at once; what others bore is a fault of this one, and they go on.
                 if isinstance(error, InputError) and not (scored or any_stored):
                     raise
-                reason = _reason(error)
-                failures[name] = reason
-                store.write_failure(run.folder, task.labels, reason)
-                reporter.finished(not_scored(name, reason))
-                if fetched is not None:
-                    let_go(fetched)
-                elif number + 1 < len(tasks):
+                failures[name] = reason_of(error)
+                if fetched is None and number + 1 < len(tasks):
                     ahead = begin(tasks[number + 1])
-                continue
             # Stored before its weights go: whatever ends the sweep before that leaves them to be gone on with.
-            store.write_part(run.folder, task.labels, scores)
-            let_go(fetched)
+            for part, found in zip(task.parts, scores, strict=False):
+                store.write_part(run.folder, part.labels, found)
+            for part in task.parts[len(scores) :]:
+                store.write_failure(run.folder, part.labels, failures[name])
+            if fetched is not None:
+                let_go(fetched)
+            if name in failures:
+                reporter.finished(not_scored(name, failures[name]))
+                continue
             scored += 1
             reporter.finished(f"{name} scored in {time.monotonic() - started:.1f} s")
     return scored, failures
@@ -95,7 +99,7 @@ def not_scored(name: str, reason: str) -> str:
     return f"{name}: not scored: {reason}"
 
 
-def _awaited(future: "Future[Fetched]") -> Fetched:
+def awaited(future: "Future[Fetched]") -> Fetched:
     """The result, waited for in short turns: once polars has run, a signal no longer ends the wait for a lock."""
     while not wait([future], timeout=0.2).done:
         pass
@@ -103,7 +107,7 @@ def _awaited(future: "Future[Fetched]") -> Fetched:
 
 
 @contextmanager
-def _fetching(
+def fetching_ahead(
     settings: TraceSettings, listing: Listing, folder: Path, hub: Hub, reporter: Reporter
 ) -> Iterator[Callable[[Task], Future[Fetched]]]:
     """A thread that fetches one checkpoint at a time.
@@ -157,7 +161,7 @@ def _fetching(
         close_transit(folder)
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """Why a checkpoint has no scores; of a fault that nobody foresaw, what it was and where."""
     if isinstance(error, TraceError):
         return str(error)

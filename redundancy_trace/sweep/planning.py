@@ -8,7 +8,7 @@ from redundancy_trace.checkpoints import Checkpoint, Listing, endpoints_first, n
 from redundancy_trace.errors import CheckpointError, InputError
 from redundancy_trace.hub import Hub
 from redundancy_trace.settings import TraceSettings, parse_bytes
-from redundancy_trace.sweep.calibrating import label_asked_for
+from redundancy_trace.sweep.calibrating import asked_for
 from redundancy_trace.sweep.tasks import identity_of
 
 if TYPE_CHECKING:
@@ -69,7 +69,9 @@ def plan_sweep(settings: TraceSettings, listing: Listing, run: "Run | None", hub
     """
     left = _left(settings, listing, run)
     moving = [checkpoint for checkpoint in left if _moves(checkpoint, listing, hub)]
-    total = sum(checkpoint.bytes or 0 for checkpoint in moving)
+    # A stream is not kept: what is scored on several calibrations comes as many times.
+    times = len(asked_for(settings, listing)) if settings.fetch == "stream" else 1
+    total = times * sum(checkpoint.bytes or 0 for checkpoint in moving)
     return SweepPlan(
         checkpoints=len(listing.chosen),
         stored=len(listing.chosen) - len(left),
@@ -127,23 +129,28 @@ def _duration(seconds: float) -> str:
 
 
 def _left(settings: TraceSettings, listing: Listing, run: "Run | None") -> list[Checkpoint]:
-    """The chosen checkpoints without stored scores, one of each commit."""
+    """The chosen checkpoints without stored scores on all calibrations, one of each commit."""
     from redundancy_trace import store
 
-    hashes: list[str] = []
+    hashes: list[list[str]] = []
     finished: frozenset[str] = frozenset()
     if run is not None:
-        label = label_asked_for(settings, listing)
-        hashes = [record.sha256 for record in run.calibrations if record.label.startswith(label)]
+        hashes = [
+            [record.sha256 for record in run.calibrations if record.label.startswith(asked.label)]
+            for asked in asked_for(settings, listing)
+        ]
         finished = store.finished_parts(run.folder)
 
-    def is_stored(checkpoint: Checkpoint) -> bool:
+    def is_stored(checkpoint: Checkpoint, digests: list[str]) -> bool:
         if checkpoint.commit is None or run is None:
             return False
-        parts = (store.part_name(checkpoint.commit, identity_of(checkpoint, run, digest)) for digest in hashes)
+        parts = (store.part_name(checkpoint.commit, identity_of(checkpoint, run, digest)) for digest in digests)
         return any(part in finished for part in parts)
 
-    return [checkpoint for checkpoint in listing.chosen if not is_stored(checkpoint)]
+    def is_done(checkpoint: Checkpoint) -> bool:
+        return run is not None and all(is_stored(checkpoint, digests) for digests in hashes)
+
+    return [checkpoint for checkpoint in listing.chosen if not is_done(checkpoint)]
 
 
 def _moves(checkpoint: Checkpoint, listing: Listing, hub: Hub) -> bool:

@@ -21,7 +21,7 @@ from redundancy_trace.fetching import sweep_out
 from redundancy_trace.hub import Hub
 from redundancy_trace.progress import Reporter
 from redundancy_trace.settings import TraceSettings
-from redundancy_trace.sweep.calibrating import calibrate, calibration_label, label_asked_for
+from redundancy_trace.sweep.calibrating import asked_for, calibrate, calibration_label
 from redundancy_trace.sweep.pipeline import not_scored, score_all
 from redundancy_trace.sweep.planning import SweepPlan, check_plan, plan_sweep
 from redundancy_trace.sweep.tasks import labels_of, open_tasks
@@ -45,7 +45,7 @@ class SweepResult:
         kept: Checkpoints that were stored before.
         failures: Names of those that could not be scored, with the reason.
         figures: The files that were drawn.
-        calibration: The calibration of this sweep, as the rows name it; a run may hold others.
+        calibrations: Those of this sweep, as the rows name them, in the order asked for; a run may hold others.
         plan: What was to be done.
         listing: The checkpoints, chosen or not.
     """
@@ -55,7 +55,7 @@ class SweepResult:
     kept: int
     failures: dict[str, str]
     figures: tuple[Path, ...]
-    calibration: str
+    calibrations: tuple[str, ...]
     plan: SweepPlan
     listing: Listing
 
@@ -113,31 +113,34 @@ def run_sweep(settings: TraceSettings, reporter: Reporter) -> SweepResult:
     plan = plan_sweep(settings, listing, found, hub)
     check_plan(settings, listing, plan)
     if settings.dry_run:
-        return SweepResult(folder, 0, plan.stored, {}, (), label_asked_for(settings, listing), plan, listing)
+        asked = tuple(asked.label for asked in asked_for(settings, listing))
+        return SweepResult(folder, 0, plan.stored, {}, (), asked, plan, listing)
     reporter.line(plan.told())
-    calibration, run = calibrate(settings, listing, run, hub)
+    calibrations, run = calibrate(settings, listing, run, hub)
     told = listing.notes
     listing, failures = _with_commits(listing, remembered, settings.revisions)
     for note in listing.notes[len(told) :]:
         reporter.line(note)
-    tasks, kept = open_tasks(listing, run, calibration)
+    tasks, kept = open_tasks(listing, run, calibrations)
     run = store.write_run(run, given)
     store.write_json(listing_file, listing_to_json(listing, remembered))
-    label = calibration_label(run, calibration)
+    labels = tuple(calibration_label(run, calibration) for calibration in calibrations)
 
     reporter.start(kept + len(tasks) + len(failures), kept)
     if kept:
         reporter.line(f"{kept} of {kept + len(tasks)} checkpoints are in {folder} already.")
     left = {task.checkpoint.name for task in tasks} | set(failures)
-    store.clear_failures(folder, {checkpoint.name for checkpoint in listing.chosen} - left, label)
+    for label in labels:
+        store.clear_failures(folder, {checkpoint.name for checkpoint in listing.chosen} - left, label)
     for checkpoint in listing.chosen:
         if (reason := failures.get(checkpoint.name)) is not None:
-            store.write_failure(folder, labels_of(checkpoint, run, label), reason)
+            for label in labels:
+                store.write_failure(folder, labels_of(checkpoint, run, label), reason)
             reporter.finished(not_scored(checkpoint.name, reason))
     scored = 0
     if tasks:
         try:
-            scored, failed = score_all(settings, listing, run, calibration, tasks, hub, reporter, any_stored=kept > 0)
+            scored, failed = score_all(settings, listing, run, tasks, hub, reporter, any_stored=kept > 0)
         except InputError:
             if found is None:
                 store.withdraw_run(run, given)
@@ -145,8 +148,8 @@ def run_sweep(settings: TraceSettings, reporter: Reporter) -> SweepResult:
         failures |= failed
     if not settings.keep:
         sweep_out(folder, listing, (c for c in listing.chosen if c.name not in failures))
-    figures = _draw(run, listing, label, reporter) if scored or kept else ()
-    return SweepResult(folder, scored, kept, failures, figures, label, plan, listing)
+    figures = _draw(run, listing, labels[0], reporter) if scored or kept else ()
+    return SweepResult(folder, scored, kept, failures, figures, labels, plan, listing)
 
 
 def failure_summary(result: SweepResult, *, told: bool = False) -> str:
@@ -170,11 +173,12 @@ def failure_summary(result: SweepResult, *, told: bool = False) -> str:
 
 def _with_demo_defaults(settings: TraceSettings) -> TraceSettings:
     """What is taken for the demo where the user gave nothing."""
-    own_length = (settings.calibration or "").startswith("tokens:")
+    texts = settings.calibration or ("pydoc",)
+    own_length = all(text.startswith("tokens:") for text in texts)
     return replace(
         settings,
         revisions="all" if settings.revisions == TraceSettings.revisions else settings.revisions,
-        calibration=settings.calibration or "pydoc",
+        calibration=texts,
         sequence_length=settings.sequence_length or (None if own_length else DEMO_SEQUENCE_LENGTH),
     )
 
@@ -204,7 +208,12 @@ def _model_label(model: str | None) -> str:
 
 
 def _plain(settings: TraceSettings) -> dict[str, Any]:
-    return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(settings).items()}
+    """The settings as JSON gives them back."""
+    plain = {Path: str, tuple: list}
+    return {
+        name: next((kind(value) for of, kind in plain.items() if isinstance(value, of)), value)
+        for name, value in asdict(settings).items()
+    }
 
 
 def _known_listing(file: Path, model: str) -> tuple[Listing | None, dict[Any, str]]:

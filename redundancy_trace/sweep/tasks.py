@@ -1,5 +1,6 @@
-"""What of a sweep is left to do: one task for each chosen checkpoint without stored scores."""
+"""What of a sweep is left to do: one task for each chosen checkpoint that lacks scores of a calibration."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,11 +13,19 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Part:
+    """The token ids that a checkpoint is scored on, and what the rows will say of it."""
+
+    calibration: "Calibration"
+    labels: "Labels"
+
+
+@dataclass(frozen=True)
 class Task:
-    """One checkpoint to be scored, and what its rows will say of it."""
+    """One checkpoint to be scored: its weights are fetched once, whatever it is scored on."""
 
     checkpoint: Checkpoint
-    labels: "Labels"
+    parts: tuple[Part, ...]
 
 
 def identity_of(checkpoint: Checkpoint, run: "Run", token_hash: str) -> str:
@@ -28,11 +37,11 @@ def identity_of(checkpoint: Checkpoint, run: "Run", token_hash: str) -> str:
     return store.row_identity(checkpoint.commit, token_hash, number_settings, checkpoint.subfolder)
 
 
-def open_tasks(listing: Listing, run: "Run", calibration: "Calibration") -> tuple[list[Task], int]:
-    """The chosen checkpoints that are not stored yet, and how many are."""
+def open_tasks(listing: Listing, run: "Run", calibrations: "Sequence[Calibration]") -> tuple[list[Task], int]:
+    """The chosen checkpoints that are not stored yet on all calibrations, and how many are."""
     from redundancy_trace import store
 
-    label = calibration_label(run, calibration)
+    labels = [calibration_label(run, calibration) for calibration in calibrations]
     finished = store.finished_parts(run.folder)
     tasks: list[Task] = []
     kept = 0
@@ -41,15 +50,18 @@ def open_tasks(listing: Listing, run: "Run", calibration: "Calibration") -> tupl
         commit = checkpoint.commit
         if commit is None:
             continue  # among the failures
-        identity = identity_of(checkpoint, run, calibration.sha256)
-        part = store.part_name(commit, identity)
-        if part in seen:
+        parts = {}
+        for calibration, label in zip(calibrations, labels, strict=True):
+            identity = identity_of(checkpoint, run, calibration.sha256)
+            name = store.part_name(commit, identity)
+            parts[name] = Part(calibration, labels_of(checkpoint, run, label, identity))
+        if seen.issuperset(parts):
             continue  # the same commit (and folder) under another name: one set of rows
-        seen.add(part)
-        if part in finished:
+        seen.update(parts)
+        if left := tuple(part for name, part in parts.items() if name not in finished):
+            tasks.append(Task(checkpoint, left))
+        else:
             kept += 1
-            continue
-        tasks.append(Task(checkpoint, labels_of(checkpoint, run, label, identity)))
     # Spread over the training from the start, so that a sweep that is stopped shows the whole curve.
     return [tasks[index] for index in endpoints_first(len(tasks))], kept
 
