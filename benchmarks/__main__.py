@@ -2,9 +2,9 @@
 
 import argparse
 
-from benchmarks import faults
+from benchmarks import faults, pipeline
 
-BENCHMARKS = {"faults": faults}
+BENCHMARKS = {"faults": faults, "pipeline": pipeline}
 
 
 def main() -> int:

@@ -49,7 +49,7 @@ def trace(model: str | Path | None = None, **settings: Any) -> "pl.DataFrame":
             reporter.line(result.plan.told())
     if chosen.dry_run:
         return result.listing.to_frame()
-    if not result.scored and not result.kept:
+    if result.failures and not result.stored:
         raise CheckpointError(failure_summary(result))
     return one_calibration(read_scores(result.folder), result.calibration)
 

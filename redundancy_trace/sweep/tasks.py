@@ -1,14 +1,18 @@
-"""What of a sweep is left to do: one task for each chosen checkpoint without stored scores."""
+"""What of a sweep is left to do: one task for each chosen checkpoint without stored scores, or a share of them."""
 
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from redundancy_trace.checkpoints import Checkpoint, Listing, endpoints_first
+from redundancy_trace.settings import parse_shard
 from redundancy_trace.sweep.calibrating import calibration_label
 
 if TYPE_CHECKING:
     from redundancy_trace.calibration import Calibration
     from redundancy_trace.store import Labels, Run
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -28,28 +32,46 @@ def identity_of(checkpoint: Checkpoint, run: "Run", token_hash: str) -> str:
     return store.row_identity(checkpoint.commit, token_hash, number_settings, checkpoint.subfolder)
 
 
-def open_tasks(listing: Listing, run: "Run", calibration: "Calibration") -> tuple[list[Task], int]:
-    """The chosen checkpoints that are not stored yet, and how many are."""
+def share_of(work: Sequence[_T], shard: str | None) -> list[_T]:
+    """This process's share of the work, `i/n` of `--shard`; all of it without one.
+
+    Who takes what hangs on what is chosen alone, not on what is stored: shares that start at any time are apart, and
+    together the whole. The ends of the training, then the middles of the gaps are dealt out in turn.
+
+    Example:
+        >>> share_of("abcdefg", "1/2"), share_of("abcdefg", "2/2")
+        (['a', 'd', 'e', 'f'], ['b', 'c', 'g'])
+    """
+    if shard is None:
+        return list(work)
+    number, count = parse_shard(shard)
+    mine = set(endpoints_first(len(work))[number - 1 :: count])
+    return [one for index, one in enumerate(work) if index in mine]
+
+
+def all_work(listing: Listing, run: "Run", calibration: "Calibration") -> dict[str, Task]:
+    """The chosen checkpoints by the name of their part of the store, stored or not, in training order."""
     from redundancy_trace import store
 
     label = calibration_label(run, calibration)
-    finished = store.finished_parts(run.folder)
-    tasks: list[Task] = []
-    kept = 0
-    seen: set[str] = set()
+    work: dict[str, Task] = {}
     for checkpoint in listing.chosen:
         commit = checkpoint.commit
         if commit is None:
             continue  # among the failures
         identity = identity_of(checkpoint, run, calibration.sha256)
-        part = store.part_name(commit, identity)
-        if part in seen:
-            continue  # the same commit (and folder) under another name: one set of rows
-        seen.add(part)
-        if part in finished:
-            kept += 1
-            continue
-        tasks.append(Task(checkpoint, labels_of(checkpoint, run, label, identity)))
+        # The same commit (and folder) under another name: one set of rows.
+        work.setdefault(
+            store.part_name(commit, identity), Task(checkpoint, labels_of(checkpoint, run, label, identity))
+        )
+    return work
+
+
+def open_tasks(work: Mapping[str, Task], finished: Set[str], shard: str | None = None) -> tuple[list[Task], int]:
+    """Of this process's share of the work, what is not finished yet, and how many are."""
+    share = share_of(list(work.items()), shard)
+    tasks = [task for part, task in share if part not in finished]
+    kept = len(share) - len(tasks)
     # Spread over the training from the start, so that a sweep that is stopped shows the whole curve.
     return [tasks[index] for index in endpoints_first(len(tasks))], kept
 
