@@ -8,48 +8,120 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from redundancy_trace.analysis import leave_out_duplicates
+    from redundancy_trace.analysis import (
+        calibration_agreement,
+        checkpoint_statistics,
+        drop_onset,
+        importance_trends,
+        leave_out_duplicates,
+        rank_agreement,
+        topk_overlap,
+        training_stats,
+    )
     from redundancy_trace.checkpoints import list_checkpoints
     from redundancy_trace.errors import CheckpointError, InputError, TraceError
-    from redundancy_trace.figures import draw_figures, plot_depth, plot_heatmap, plot_loss, plot_training_heatmaps
-    from redundancy_trace.store import read_distances, read_duplicates, read_scores
-    from redundancy_trace.sweep import score_model, trace
+    from redundancy_trace.figures import (
+        draw_evaluations,
+        draw_figures,
+        plot_depth,
+        plot_drop_along,
+        plot_heatmap,
+        plot_joint,
+        plot_loss,
+        plot_quality,
+        plot_tradeoff,
+        plot_training_heatmaps,
+    )
+    from redundancy_trace.loading import load_model, load_tokenizer
+    from redundancy_trace.pruning import DropPlan, plan_drop, published_orders, read_plan
+    from redundancy_trace.pruning.exporting import prune
+    from redundancy_trace.pruning.inplace import drop_, dropped
+    from redundancy_trace.store import read_distances, read_duplicates, read_evaluations, read_scores
+    from redundancy_trace.sweep import evaluate, evaluate_along, score_model, trace
 
 # Public name → the module that has it.
 _HOMES = {
     "CheckpointError": "errors",
+    "DropPlan": "pruning",
     "InputError": "errors",
     "TraceError": "errors",
+    "draw_evaluations": "figures",
+    "calibration_agreement": "analysis",
+    "checkpoint_statistics": "analysis",
     "draw_figures": "figures",
+    "drop_onset": "analysis",
+    "importance_trends": "analysis",
+    "drop_": "pruning.inplace",
+    "dropped": "pruning.inplace",
+    "evaluate": "sweep",
+    "evaluate_along": "sweep",
     "leave_out_duplicates": "analysis",
     "list_checkpoints": "checkpoints",
+    "load_model": "loading",
+    "load_tokenizer": "loading",
+    "plan_drop": "pruning",
     "plot_depth": "figures",
+    "plot_drop_along": "figures",
     "plot_heatmap": "figures",
+    "plot_joint": "figures",
     "plot_loss": "figures",
+    "plot_quality": "figures",
+    "plot_tradeoff": "figures",
     "plot_training_heatmaps": "figures",
+    "rank_agreement": "analysis",
+    "prune": "pruning.exporting",
+    "published_orders": "pruning",
     "read_distances": "store",
     "read_duplicates": "store",
+    "read_evaluations": "store",
+    "read_plan": "pruning",
     "read_scores": "store",
     "score_model": "sweep",
+    "topk_overlap": "analysis",
     "trace": "sweep",
+    "training_stats": "analysis",
 }
 
 __all__ = [
     "CheckpointError",
+    "DropPlan",
     "InputError",
     "TraceError",
+    "calibration_agreement",
+    "checkpoint_statistics",
+    "draw_evaluations",
     "draw_figures",
+    "drop_",
+    "drop_onset",
+    "dropped",
+    "evaluate",
+    "evaluate_along",
+    "importance_trends",
     "leave_out_duplicates",
     "list_checkpoints",
+    "load_model",
+    "load_tokenizer",
+    "plan_drop",
     "plot_depth",
+    "plot_drop_along",
     "plot_heatmap",
+    "plot_joint",
     "plot_loss",
+    "plot_quality",
+    "plot_tradeoff",
     "plot_training_heatmaps",
+    "prune",
+    "published_orders",
+    "rank_agreement",
     "read_distances",
     "read_duplicates",
+    "read_evaluations",
+    "read_plan",
     "read_scores",
     "score_model",
+    "topk_overlap",
     "trace",
+    "training_stats",
 ]
 
 

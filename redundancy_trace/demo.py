@@ -7,7 +7,6 @@ at its default size (64 x 512): there the demo's loss is on text that it was not
 import hashlib
 import json
 import math
-import os
 import random
 import shutil
 import tempfile
@@ -24,6 +23,7 @@ import numpy as np
 from redundancy_trace.calibration.texts import pydoc_topics
 from redundancy_trace.calibration.tokenizers import encode
 from redundancy_trace.errors import TraceError
+from redundancy_trace.fetching import cache_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -90,7 +90,7 @@ def demo_checkpoints(
         TraceError: The cache cannot be written.
     """
     recipe = recipe or Recipe()
-    cache = cache or _cache_home() / "redundancy-trace"
+    cache = cache or cache_folder()
     folder = cache / f"demo-{_key(recipe)}"
     if _is_whole(folder, recipe):
         return folder
@@ -270,10 +270,6 @@ def _clear(cache: Path) -> None:
     for left in cache.glob(".demo-*"):
         if time.time() - left.stat().st_mtime > ONE_DAY_SECONDS:
             shutil.rmtree(left, ignore_errors=True)
-
-
-def _cache_home() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 
 
 def _key(recipe: Recipe) -> str:

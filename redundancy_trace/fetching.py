@@ -197,8 +197,11 @@ def fetch(
 
 
 def discard(fetched: Fetched) -> None:
-    """Delete what was fetched for the run; files that the user had before stay."""
+    """Delete what was fetched for the run; files that the user had before, or has kept (`--keep`), stay."""
     if fetched._claim is None or not fetched._claim.held:
+        return
+    if (fetched._claim.folder / _KEPT).exists():
+        leave(fetched)
         return
     shutil.rmtree(fetched._claim.folder, ignore_errors=True)
     fetched._claim.let_go()
@@ -227,6 +230,16 @@ def keep(fetched: Fetched) -> None:
     if fetched._claim is not None and fetched._claim.held:
         (fetched._claim.folder / _KEPT).touch()
     leave(fetched)
+
+
+def is_kept(fetched: Fetched) -> bool:
+    """Whether it lies in the run because the user wanted to `--keep` it."""
+    return fetched._claim is not None and (fetched._claim.folder / _KEPT).exists()
+
+
+def cache_folder() -> Path:
+    """Where this program keeps what no run holds: `$XDG_CACHE_HOME/redundancy-trace`, else below `~/.cache`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "redundancy-trace"
 
 
 def place_of(run: Path, checkpoint: Checkpoint) -> Path:

@@ -46,6 +46,28 @@ IMPORTANCE = Metric("importance", "importance 1 − cos(X, Y)", 0.0, 2.0, 0.0, 1
 # Stored for every pair of residual states h_i, h_j with i < j.
 DISTANCE_METRICS: dict[str, Metric] = {name: LAYER_METRICS[name] for name in ("cosine_similarity", "angular_distance")}
 METRICS: dict[str, Metric] = {**LAYER_METRICS, LOSS.name: LOSS, IMPORTANCE.name: IMPORTANCE}
+# What an evaluation measures, beside the metrics of tasks. A ratio to the whole model is 1 where nothing changes.
+EVALUATION_METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        LOSS,
+        Metric("perplexity", "perplexity exp(loss)", 1.0, None, None, 1),
+        Metric("bits_per_byte", "bits per byte of text", 0.0, None, None, 1),
+        Metric("prefill_tokens_per_second", "prefill (tokens per second)", 0.0, None, None, 1),
+        Metric("decode_tokens_per_second", "decode (tokens per second)", 0.0, None, None, 1),
+        Metric("prefill_speedup", "prefill speed-up", 0.0, None, 1.0, 1),
+        Metric("decode_speedup", "decode speed-up", 0.0, None, 1.0, 1),
+        Metric("prefill_speedup_bound", "bound on the prefill speed-up", 1.0, None, 1.0, 1),
+        Metric("decode_speedup_bound", "bound on the decode speed-up", 1.0, None, 1.0, 1),
+        Metric("prefill_flops", "floating-point operations of a prefill (two a multiply-add)", 0.0, None, None, 1),
+        Metric("decode_flops", "floating-point operations of a decode step (two a multiply-add)", 0.0, None, None, 1),
+        Metric("decode_bytes", "bytes that a decode step reads", 0.0, None, None, 1),
+        Metric("weight_bytes", "bytes of the weights", 0.0, None, None, 1),
+        Metric("kv_cache_bytes", "bytes of the KV cache", 0.0, None, None, 1),
+        Metric("kv_cache_bytes_computed", "bytes of the KV cache, by formula", 0.0, None, None, 1),
+        Metric("peak_memory_bytes", "peak memory (bytes)", 0.0, None, None, 1),
+    )
+}
 
 
 def metric_versions() -> dict[str, int]:

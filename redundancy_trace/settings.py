@@ -1,4 +1,7 @@
-"""Every option of a sweep, once: the command line, the Python call and the identity of a row all read this table."""
+"""Every option of a sweep and of an evaluation, once: the command line and the Python call read these tables.
+
+The table of a sweep also tells the identity of a row which settings change a number.
+"""
 
 import re
 from dataclasses import dataclass, field, fields
@@ -176,6 +179,113 @@ def device_names(text: str) -> tuple[str, ...]:
             "for every CUDA device."
         )
     return names
+
+
+DEFAULT_DROPS = "attn=25%,attn=50%,mlp=25%,block=25%,joint=25%"
+DEFAULT_ORDERS = "importance,deepest,random:0,random:1,random:2,random:3,random:4"
+MEASURES = ("loss", "speed")
+CURVES = ("attn", "mlp", "block", "joint")
+
+
+def _measured(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings:
+    """The settings of one evaluation; each field is a flag of `trace eval` and an argument of `evaluate`.
+
+    Lists are written with commas.
+    """
+
+    model: str | None = _measured(None, "Hub repository (org/name), or local folder of one checkpoint or of several.")
+    revision: str | None = _measured(None, "Which checkpoint; may be left out where there is only one.")
+    along: Path | None = _measured(
+        None, "Run folder: what dropping costs at each of its checkpoints, and the plan of each applied to the last."
+    )
+    plan: Path | None = _measured(None, "Drop plan; measured before and after, in turns.")
+    curve: str | None = _measured(
+        None, "Loss for every number dropped of attn, mlp, block, joint, or several with commas."
+    )
+    drops: str = _measured(DEFAULT_DROPS, "What --along drops at each checkpoint.")
+    orders: str = _measured(DEFAULT_ORDERS, "In which orders --along and --curve drop.")
+    scores: Path | None = _measured(
+        None, "Run folder with the checkpoint's scores, for --curve [default: scored now, on the same text]."
+    )
+    measure: str = _measured("loss,speed", "loss (with bits per byte), speed (with memory and KV cache), or both.")
+    tasks: str | None = _measured(None, "Tasks of lm-eval, such as arc_easy,piqa; needs the extra `eval`.")
+    task_folder: Path | None = _measured(None, "Folder with YAML files of further tasks.")
+    limit: int | None = _measured(None, "Only so many questions of each task.")
+    shots: int | None = _measured(None, "Examples in front of each question [default: as the task says].")
+    text: str | None = _measured(
+        None,
+        "Text to measure on, named as for --calibration of a sweep: c4, pydoc, FILE.txt, tokens:FILE.npy, "
+        "hf:NAME[:config][:split][:column] [default: c4 for Hub models, pydoc for local folders and --offline; for "
+        "--along what the run was scored on, behind its calibration].",
+    )
+    tokenizer: str | None = _measured(None, "Repository or folder of the tokenizer, where the model has none.")
+    samples: int | None = _measured(
+        None, "Number of windows of text; 0 = the whole text [default: 64; for --along as many as the run's]."
+    )
+    sequence_length: int | None = _measured(
+        None, "Tokens in each window [default: 512, or the model's most; for --along as the run's]."
+    )
+    stride: int | None = _measured(
+        None, "Tokens from one window to the next; what a window repeats is context only [default: no overlap]."
+    )
+    batch_size: int | None = _measured(None, "Windows or questions at a time [default: from the length].")
+    speed_batch: int = _measured(1, "Sequences at a time while speed and memory are measured.")
+    prompt_tokens: int | None = _measured(None, "Tokens of the prompt there [default: 512, or what the model takes].")
+    new_tokens: int = _measured(32, "Tokens decoded behind it.")
+    rounds: int = _measured(5, "How often speed is measured; medians are told.")
+    device: str = _measured("auto", "auto, cpu, cuda, cuda:1 or mps.")
+    dtype: str = _measured("auto", "auto, float32 or bfloat16; auto is float32 on CPU and MPS.")
+    trust_remote_code: bool = _measured(False, "Run model code from the repository, pinned to the commit.")
+    endpoint: str | None = _measured(None, "Hub endpoint [default: HF_ENDPOINT].")
+    offline: bool = _measured(False, "No network: local folders and the Hub cache only.")
+    out: Path | None = _measured(
+        None,
+        "Where the numbers go: a .parquet file or a run folder [default: evaluation.parquet in a local folder, else "
+        "runs/<last part of the model's name>].",
+    )
+    json: bool = _measured(False, "Print the numbers as JSON.")
+    quiet: bool = _measured(False, "No progress, only the result.")
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("samples", 0), ("sequence_length", 2), ("stride", 1), ("batch_size", 1), ("limit", 1), ("shots", 0),
+            ("speed_batch", 1), ("prompt_tokens", 1), ("new_tokens", 1), ("rounds", 1),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise InputError(f"{flag_of(name)} is {value}; it must be at least {least}.")
+        if self.dtype not in DTYPES:
+            raise InputError(f"--dtype is {self.dtype!r}; known: {', '.join(DTYPES)}.")
+        for name, known in (("measure", MEASURES), ("curve", CURVES)):
+            for item in listed(getattr(self, name)):
+                if item not in known:
+                    raise InputError(f"{flag_of(name)} {item!r} is none of {', '.join(known)}.")
+        if self.along is not None:
+            for name in ("model", "revision", "plan", "curve", "scores", "tasks", "out"):
+                if getattr(self, name) is not None:
+                    raise InputError(f"--along measures the run itself; leave out {flag_of(name)}.")
+        elif self.model is None:
+            raise InputError(
+                "Nothing to evaluate is named. Try trace eval FOLDER, trace eval --model EleutherAI/pythia-70m "
+                "--revision step143000, or trace eval --along RUN."
+            )
+        if self.plan is not None and self.curve is not None:
+            raise InputError("--curve makes plans of its own; leave out --plan.")
+
+
+def listed(text: str | None) -> tuple[str, ...]:
+    """The items of a list that is written with commas.
+
+    Example:
+        >>> listed("attn, mlp"), listed(None)
+        (('attn', 'mlp'), ())
+    """
+    return tuple(item.strip() for item in (text or "").split(",") if item.strip())
 
 
 def parse_bytes(text: str) -> int:

@@ -18,7 +18,8 @@ def to_float64(x: Tensor) -> Tensor:
 def _scaled(x_D: Tensor) -> tuple[Tensor, Tensor]:
     """Rows in float32 divided by their largest number, so that no square over- or underflows, and that number."""
     x_D = x_D.float()
-    largest = torch.linalg.vector_norm(x_D, ord=torch.inf, dim=-1, keepdim=True)
+    # `vector_norm` of order infinity is many times slower.
+    largest = x_D.abs().amax(dim=-1, keepdim=True)
     # The bound keeps a row of zeros a row of zeros.
     largest = largest.clamp_min(torch.finfo(torch.float32).tiny)
     return x_D / largest, largest.squeeze(-1)
@@ -59,6 +60,31 @@ def unit_similarity(x_unit_D: Tensor, y_unit_D: Tensor) -> Tensor:
     cosine = 1 - 2 * apart2 / (apart2 + together2)
     angle = 2 * torch.atan2(apart, together) / torch.pi
     return torch.stack((cosine, angle))
+
+
+# Nearer to 1 than this, a cosine is computed from the difference of its two rows: 1 − cosine has lost digits.
+_NEAR = 1e-9
+
+
+def pairwise_similarity(units_TND: Tensor) -> Tensor:
+    """Cosine and angular distance of each of a token's N unit rows with each, from their products in float64.
+
+    Args:
+        units_TND: Rows from `unit`, shape (T, N, D), float32.
+
+    Returns:
+        Shape (2, T, N, N), float64: as `unit_similarity`; NaN where a row is.
+    """
+    wide_TND = to_float64(units_TND)
+    gram = wide_TND @ wide_TND.mT
+    # The rows are of length 1 in float32 only.
+    lengths = gram.diagonal(dim1=-2, dim2=-1).sqrt()
+    cosine = (gram / (lengths.unsqueeze(-1) * lengths.unsqueeze(-2))).clamp(-1, 1)
+    angle = 2 * torch.atan2((1 - cosine).sqrt(), (1 + cosine).sqrt()) / torch.pi
+    both = torch.stack((cosine, angle))
+    token, i, j = torch.where(cosine > 1 - _NEAR)
+    both[:, token, i, j] = unit_similarity(units_TND[token, i], units_TND[token, j]).to(both.device)
+    return both
 
 
 def cosine_similarity(x_D: Tensor, y_D: Tensor) -> Tensor:
@@ -102,21 +128,56 @@ def relative_norm(update_D: Tensor, x_D: Tensor) -> Tensor:
     return torch.div(_norm(update_D), _norm(x_D))
 
 
-def compare(x_D: Tensor, y_D: Tensor, update_D: Tensor) -> Tensor:
-    """All four metrics of one component, token by token.
+def compare(x_D: Tensor, update_D: Tensor) -> Tensor:
+    """All four metrics of one component, token by token; Y is X + update.
+
+    The update is split into t·x along X and v across it. Then |Y| has the parts (1 + t)·|x| and |v|, from which cosine
+    and angle follow without a difference of large numbers, and X and the update are each read a few times, Y never.
 
     Args:
         x_D: Residual stream where the component branches off, shape (..., D), any float dtype.
-        y_D: Residual stream with the component's update, the same shape.
         update_D: What the component adds, the same shape.
 
     Returns:
         Shape (4, ...), float64, in the order of `COMPARED`. NaN marks a token that is left out of that metric's mean
-        because a vector it needs is zero; finite input gives no other NaN.
+        because a vector it needs is zero; infinity, in all four, one whose X, Y or update is not finite.
     """
+    x_D, update_D = x_D.float(), update_D.float()
+    x, update, dot = _length(x_D), _length(update_D), to_float64(torch.linalg.vecdot(x_D, update_D))
+    # The coefficient that both parts are computed with: what float32 rounds off it is in v and (1 + t) alike.
+    t = (dot / x.square()).to(x_D.device, torch.float32)
+    across = _length(torch.addcmul(update_D, x_D, t.unsqueeze(-1), value=-1))
+    along = (1 + to_float64(t)) * x
+    y = torch.hypot(along, across)
+    compared = torch.stack(
+        (along / y, torch.atan2(across, along) / torch.pi, update / x, (dot / (x * update)).clamp(-1, 1))
+    )
+    # What these squares over- or underflow, what is zero, not finite, or cancelled by its update.
+    plain = (x > _SHORT) & (x < _LONG) & (update > _SHORT) & (update < _LONG) & (y > _CANCELLED * x)
+    if not bool(plain.all()):
+        rare = (~plain).to(x_D.device)
+        compared[:, ~plain] = _compare_rare(x_D[rare], update_D[rare])
+    return compared
+
+
+# Between these lengths squares and products of rows lose nothing in float32 that shows.
+_SHORT, _LONG = 1e-12, 1e15
+# Y as a share of X below which Y is known better from its own sum.
+_CANCELLED = 1e-2
+
+
+def _length(x_D: Tensor) -> Tensor:
+    return to_float64(torch.linalg.vector_norm(x_D, dim=-1))
+
+
+def _compare_rare(x_D: Tensor, update_D: Tensor) -> Tensor:
+    """As `compare` for rows of any size, rows of zeros and such that are not finite, in a few passes more."""
+    y_D = x_D + update_D
     x_unit = unit(x_D)
     similarity = unit_similarity(x_unit, unit(y_D))
     # A token is left out of the norm's mean as of the cosine's: where x or y is zero.
     norm = torch.where(similarity[0].isnan(), torch.nan, relative_norm(update_D, x_D))
     direction = unit_similarity(unit(update_D), x_unit)[0]
-    return torch.cat((similarity, norm[None], direction[None]))
+    compared = torch.cat((similarity, norm[None], direction[None]))
+    finite = torch.isfinite(y_D).all(dim=-1) & torch.isfinite(x_D).all(dim=-1)
+    return torch.where(finite.to(compared.device), compared, torch.inf)

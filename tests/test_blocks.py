@@ -275,8 +275,8 @@ def test_identity_error_is_relative_to_each_token():
     update = torch.zeros_like(x)
     wrong = x.clone()
     wrong[0, 1, 1] = 0.01
-    assert LayerStates(x, x, wrong, update, update).identity_error() == pytest.approx(0.01)
-    assert LayerStates(x * 0, x * 0, x * 0, update, update).identity_error() == 0
+    assert LayerStates(x, wrong, update, update, parallel=True).identity_error() == pytest.approx(0.01)
+    assert LayerStates(x * 0, x * 0, update, update, parallel=True).identity_error() == 0
 
 
 @every_family

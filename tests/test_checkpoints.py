@@ -588,6 +588,18 @@ def test_offline_listing(loopback_hub: LoopbackHub) -> None:
     assert loopback_hub.count() == 0
 
 
+def test_what_the_cache_held_of_a_commit_is_not_taken_for_all_of_it(loopback_hub: LoopbackHub) -> None:
+    from huggingface_hub import snapshot_download
+
+    loopback_hub.add_repo("org/model", revisions={"main": {}, "step1": one_checkpoint(1)})
+    snapshot_download("org/model", revision="step1", allow_patterns=["config.json"], endpoint=loopback_hub.url)
+    cached = list_checkpoints("org/model", "step1", offline=True)
+    assert [c.format for c in cached.chosen] == [None]
+    recorded = listing_from_json(json.loads(json.dumps(listing_to_json(cached))))
+    listed = list_checkpoints("org/model", "step1", endpoint=loopback_hub.url, known=recorded)
+    assert [c.format for c in listed.chosen] == ["safetensors"]
+
+
 def test_offline_listing_of_commits_without_a_name(loopback_hub: LoopbackHub, hub_cache: Path) -> None:
     from huggingface_hub import snapshot_download
 

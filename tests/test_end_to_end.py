@@ -155,7 +155,12 @@ def test_keep_keeps_and_the_users_own_cache_is_used_and_left_alone(loopback_hub,
     assert cli.run([*arguments, "--out", str(out), "--keep", *SMALL]) == 0
     assert len(weights_asked(loopback_hub)) == 1, "step4 came from the cache"
     assert (own / "model.safetensors").is_file()
-    assert len(list((out / ".fetched").rglob("model.safetensors"))) == 1
+    kept = list((out / ".fetched").rglob("model.safetensors"))
+    assert len(kept) == 1
+    other = ["--calibration", "pydoc", "--samples", "2", "--sequence-length", "16"]
+    assert cli.run([*arguments, "--out", str(out), *other]) == 0, "and --keep is not given again"
+    assert len(weights_asked(loopback_hub)) == 1
+    assert list((out / ".fetched").rglob("model.safetensors")) == kept
 
 
 def test_offline_after_online(loopback_hub, run_folder, tmp_path, capsys):

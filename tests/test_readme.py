@@ -8,6 +8,7 @@ import pytest
 
 import redundancy_trace as rt
 from redundancy_trace.cli import run
+from redundancy_trace.cli.app import app
 from redundancy_trace.settings import TraceSettings, flag_of
 from redundancy_trace.store import SCORE_SCHEMA
 
@@ -15,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # Of pip, git and pytest, in the commands that install and test.
 OTHERS = {"--dist", "--no-deps", "--index-url"}
+COMMANDS = [command.name for command in app.registered_commands]
 
 
 def flags_of(command, capsys):
@@ -29,7 +31,7 @@ def blocks(language):
 def test_every_flag_that_is_named_exists_and_every_flag_is_named(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - OTHERS
-    known = flags_of([], capsys) | flags_of(["list"], capsys) | flags_of(["plot"], capsys)
+    known = flags_of([], capsys).union(*(flags_of([command], capsys) for command in COMMANDS))
     assert named <= known
     assert {flag_of(name) for name in TraceSettings.__dataclass_fields__} <= named
 
@@ -39,7 +41,7 @@ def test_every_flag_that_is_named_exists_and_every_flag_is_named(capsys, monkeyp
 )
 def test_every_trace_command_is_one_that_the_parser_takes(line, capsys):
     words = line.split("#")[0].split()[1:]
-    command = words[:1] if words[0] in ("list", "plot") else []
+    command = words[:1] if words[0] in COMMANDS else []
     flags = {word for word in words if word.startswith("--")}
     assert flags <= flags_of(command, capsys)
 

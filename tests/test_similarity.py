@@ -14,8 +14,10 @@ from redundancy_trace.similarity import (
     angular_distance,
     compare,
     cosine_similarity,
+    pairwise_similarity,
     relative_norm,
     unit,
+    unit_similarity,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -43,7 +45,7 @@ def exact_cosine(x, y):
 @given(rows(any_float), rows(any_float))
 def test_ranges_and_which_tokens_are_left_out(x, update):
     y = x + update
-    compared = compare(x, y, update)
+    compared = compare(x, update)
     assert compared.shape == (4, 3)
     assert compared.dtype == torch.float64
     cosine, angle, norm, direction = compared
@@ -83,8 +85,8 @@ def test_blind_to_rotation(seed):
     generator = torch.Generator().manual_seed(seed)
     x, update = torch.randn(2, 5, WIDTH, generator=generator, dtype=torch.float64)
     rotation, _ = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=generator, dtype=torch.float64))
-    turned = compare(x @ rotation, (x + update) @ rotation, update @ rotation)
-    torch.testing.assert_close(turned, compare(x, x + update, update), rtol=1e-5, atol=1e-6)
+    turned = compare(x @ rotation, update @ rotation)
+    torch.testing.assert_close(turned, compare(x, update), rtol=1e-5, atol=1e-6)
 
 
 @given(rows(modest), rows(modest))
@@ -115,7 +117,7 @@ def test_identity_of_size_and_direction(seed, size):
     """cos(X, X + A) = (1 + r c) / √(1 + 2 r c + r²) with r = |A| / |X| and c = cos(A, X)."""
     generator = torch.Generator().manual_seed(seed)
     x, update = torch.randn(2, 4, 32, generator=generator)
-    cosine, angle, r, c = compare(x, x + size * update, size * update)
+    cosine, angle, r, c = compare(x, size * update)
     torch.testing.assert_close(cosine, (1 + r * c) / (1 + 2 * r * c + r**2).sqrt(), rtol=0, atol=1e-6)
     torch.testing.assert_close(angle, cosine.acos() / torch.pi, rtol=0, atol=1e-6)
 
@@ -125,7 +127,7 @@ def test_no_row_is_too_small_or_too_large(size):
     """Squares of 1e-30 and 1e20 have no place in float32; such rows are not zero and not infinite."""
     x = torch.tensor([[size, 0.0], [0.0, size]])
     update = x.flip(-1)
-    similarity = compare(x, x + update, update)
+    similarity = compare(x, update)
     expected = torch.tensor([0.5**0.5, 0.25, 1.0, 0.0], dtype=torch.float64)[:, None].expand(4, 2)
     torch.testing.assert_close(similarity, expected, rtol=1e-6, atol=1e-6)
 
@@ -133,13 +135,26 @@ def test_no_row_is_too_small_or_too_large(size):
 def test_bfloat16_is_compared_in_float32():
     x = torch.randn(4, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
     y = (x.float() * 1.01 + 0.1).bfloat16()
-    assert torch.equal(compare(x, y, y - x), compare(x.float(), y.float(), (y - x).float()))
+    assert torch.equal(compare(x, y), compare(x.float(), y.float()))
     assert unit(x).dtype == torch.float32
 
 
 def test_order_is_that_of_the_names():
     x, update = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
-    found = dict(zip(COMPARED, compare(x, x + update, update)[:, 0].tolist(), strict=True))
+    found = dict(zip(COMPARED, compare(x, update)[:, 0].tolist(), strict=True))
     assert found == pytest.approx(
         {"cosine_similarity": 0.5**0.5, "angular_distance": 0.25, "relative_norm": 1.0, "update_cosine": 0.0}, abs=1e-7
     )
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([1.0, 1e-2, 1e-4, 1e-6, 0.0]))
+def test_all_pairs_at_once_are_as_each_by_itself(seed, apart):
+    generator = torch.Generator().manual_seed(seed)
+    first, noise = torch.randn(2, 5, 1, 48, generator=generator)
+    rows_ND = first + apart * noise * torch.arange(4)[:, None]
+    rows_ND[0, 1] = 0
+    units = unit(rows_ND)
+    found = pairwise_similarity(units)
+    expected = unit_similarity(*torch.broadcast_tensors(units.unsqueeze(-2), units.unsqueeze(-3)))
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-7, equal_nan=True)  # the other is float32
+    torch.testing.assert_close(1 - found[0], 1 - expected[0], rtol=1e-5, atol=1e-12, equal_nan=True)

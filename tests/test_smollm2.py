@@ -38,6 +38,7 @@ def smollm2(tmp_path_factory):
     )
     model.save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
+    tokenizer.save_pretrained(folder)
     ids = tokenizer(TEXT.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)["input_ids"]
     return folder, np.array(ids[: 8 * 512]).reshape(8, 512)
 
@@ -98,6 +99,20 @@ def test_dropping_what_scores_low_costs_what_was_measured(scores, loaded, smollm
     order = np.argsort(importance(scores, component))
     for count, loss in expected.items():
         assert loss_without(loaded, smollm2[1], component, order[:count]) == pytest.approx(loss, abs=2e-3)
+
+
+def test_export_for_llama_cpp_is_proven_there(smollm2, scores, tmp_path):
+    """Eight attentions dropped: the file is half a step smaller, and llama.cpp's cache holds nothing for them."""
+    plan = rt.plan_drop(scores, attn=8)
+    assert sorted(one.layer for one in plan.components) == sorted(LEAST_IMPORTANT["attn"])
+    result = rt.prune(smollm2[0], out=tmp_path / "out", format="gguf", plan=plan, device="cpu")
+    assert result.proof.holds
+    assert result.proof.engine.startswith("llama.cpp")
+    before, after = result.sizes.cache_bytes
+    assert after / before == pytest.approx(22 / 30, abs=0.01)
+    (file,) = result.folder.glob("*.gguf")
+    stock = sum(path.stat().st_size for path in smollm2[0].glob("*.safetensors"))
+    assert file.stat().st_size < stock
 
 
 def test_the_model_in_memory_scores_as_the_folder_does(scores, loaded, smollm2):

@@ -105,7 +105,7 @@ def test_identity_follows_all_that_changes_a_number(monkeypatch):
         store.row_identity(*given[:2], {**SETTINGS, "dtype": "bfloat16"}),
         store.row_identity(*given[:2], {**SETTINGS, "trust_remote_code": True}),
     ]
-    monkeypatch.setattr(store, "metric_versions", lambda: {"cosine_similarity": 2})
+    monkeypatch.setattr(store.scores, "metric_versions", lambda: {"cosine_similarity": 2})
     others.append(store.row_identity(*given))
     assert len({identity, *others}) == 6
     assert {len(text) for text in others} == {64}
@@ -237,7 +237,7 @@ def test_the_scores_are_the_mark_of_done(tmp_path, monkeypatch):
     """A kill between the two files leaves a checkpoint that is not done, never one without distances."""
     begin(tmp_path)
     written = []
-    monkeypatch.setattr(store, "_write_parquet", lambda path, frame: written.append(path.parent.name))
+    monkeypatch.setattr(store.scores, "write_parquet", lambda path, frame: written.append(path.parent.name))
     store.write_part(tmp_path, labels(), scores())
     assert written == ["distances", "scores"]
 
@@ -281,7 +281,7 @@ def test_another_run_is_refused_by_field(tmp_path, changes, words):
 
 def test_other_metric_versions_are_refused(tmp_path, monkeypatch):
     begin(tmp_path)
-    monkeypatch.setattr(store, "metric_versions", lambda: {"loss": 9})
+    monkeypatch.setattr(store.scores, "metric_versions", lambda: {"loss": 9})
     with pytest.raises(InputError, match="metric_versions"):
         open_again(tmp_path)
 

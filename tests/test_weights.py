@@ -255,6 +255,10 @@ def test_missing_shards_and_indexes_are_told(tmp_path):
     path = as_shards(folder("llama"), tmp_path / "a", "safetensors")
     (path / "model-00002-of-00002.safetensors").unlink()
     assert refusal(path) == f"{path} lacks 1 of its 2 weight shards: model-00002-of-00002.safetensors."
+    whole = open_weights(folder("llama"))
+    torch.save(whole.read(whole.info), path / "pytorch_model.bin")
+    assert set(open_weights(path).info) == set(whole.info), "the set that is whole is taken"
+    (path / "pytorch_model.bin").unlink()
     for text in ("{", "{}", '{"weight_map": []}', '{"weight_map": 3}'):
         (path / "model.safetensors.index.json").write_text(text)
         assert "is no index of weight shards" in refusal(path)

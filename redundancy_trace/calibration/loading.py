@@ -93,7 +93,7 @@ def load_calibration(
         ids = first_sequences(_array(path), samples=samples, sequence_length=sequence_length, name=str(path))
     else:
         assert sequence_length is not None
-        pieces = _pieces(name, hub)
+        pieces = corpus_pieces(name, hub)
         loaded = find_tokenizer(candidates, named=tokenizer, hub=hub, trust_remote_code=trust_remote_code)
         ids = cut_sequences(
             pieces,
@@ -109,7 +109,12 @@ def load_calibration(
     return Calibration(name, ids, token_hash(ids))
 
 
-def _pieces(name: str, hub: Hub) -> Iterator[Piece]:
+def corpus_pieces(name: str, hub: Hub) -> Iterator[Piece]:
+    """The documents of a text, named as for `load_calibration`, in pieces.
+
+    Raises:
+        InputError: There is no such text.
+    """
     if name == "pydoc":
         return whole(pydoc_topics())
     if name == "c4":
@@ -128,6 +133,15 @@ def _c4(hub: Hub) -> Iterator[Piece]:
             f"The calibration c4, the default for Hub models, cannot be had. {error}\nGive another: --calibration "
             "pydoc (text that every Python carries, no download), or --calibration FILE.txt (text of your own)."
         ) from error
+
+
+def token_array(name: str) -> np.ndarray:
+    """The array that `tokens:FILE.npy` names, mapped, as it is.
+
+    Raises:
+        InputError: There is no such file, or it is no array.
+    """
+    return _array(_path(name))
 
 
 def _path(name: str) -> Path:
@@ -189,6 +203,12 @@ def _kept(run: Path, made_from: dict[str, Any]) -> np.ndarray | None:
                 if token_hash(ids) == found.get("sha256"):
                     return ids
     return None
+
+
+def made_from(run: Path, sha256: str) -> dict[str, Any] | None:
+    """What a run's token ids of this hash were made from: `calibration`, `samples`, `sequence_length`, `tokenizer`."""
+    records = (_record(file) for file in sorted(run.glob("token_ids*.json")))
+    return next((found for found in records if found and found.get("sha256") == sha256), None)
 
 
 def _record(file: Path) -> dict[str, Any] | None:

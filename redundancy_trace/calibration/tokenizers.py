@@ -1,12 +1,13 @@
 """Where the tokenizer is, and which special tokens it puts in front of a sequence."""
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from redundancy_trace.checkpoints import is_local, tokenizer_files
+from redundancy_trace.checkpoints import Listing, is_local, tokenizer_files
 from redundancy_trace.errors import InputError, first_line
 from redundancy_trace.hub import Hub, RepoFile
 
@@ -38,6 +39,17 @@ class TokenizerSource:
         pinned = isinstance(self.place, str) and self.revision != "main"
         where = f"{self.subfolder} of {self.place}" if self.subfolder else str(self.place)
         return f"{where} at {self.revision[:12]}" if pinned else where
+
+
+def tokenizer_sources(listing: Listing) -> tuple[TokenizerSource, ...]:
+    """Where the tokenizer of the chosen checkpoints may be, in order: theirs, `main`'s, the finished model's."""
+    if listing.source == "local":
+        places = [Path(listing.model).expanduser(), *(c.path for c in reversed(listing.chosen) if c.path is not None)]
+        return tuple(map(TokenizerSource, places))
+    last = [checkpoint for checkpoint in listing.chosen if checkpoint.commit][-1:]
+    repo = next((c.repo for c in last if c.repo), listing.model)
+    pinned = [TokenizerSource(repo, c.commit or "main", c.subfolder) for c in last]
+    return (*pinned, *map(TokenizerSource, dict.fromkeys((repo, listing.model, _final_model(repo)))))
 
 
 class _NoTokenizer(InputError):
@@ -129,6 +141,11 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     # Not verbose: the text may be longer than the model's positions, the sequences cut from it are not.
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return ids
+
+
+def _final_model(repo: str) -> str:
+    """The repository of the finished model that one of checkpoints is named after (bloom-7b1-intermediate, say)."""
+    return re.sub(r"(-intermediate)?(-checkpoints)?$", "", repo, flags=re.IGNORECASE)
 
 
 @contextmanager

@@ -44,7 +44,8 @@ def list_checkpoints(
         offline: Only local folders and the user's Hub cache.
         tokens_per_step: Tokens in one step, where names tell steps alone.
         remembered: Hashes of local files that are known from before.
-        known: An earlier listing of the model: the files of a commit never change, so they are not asked for again.
+        known: An earlier listing of the model: the files of a commit never change, so they are not asked for again
+            (unless only the cache was looked at, which may hold some of them).
 
     Returns:
         Every ref, in training order. Of a repository, files, bytes and format are known of those that were selected,
@@ -60,6 +61,8 @@ def list_checkpoints(
         placed = with_tokens(ordered, tokens_per_step)
         return reselected(Listing(model, "local", placed), revisions)
     hub = Hub(endpoint=endpoint, offline=offline)
+    if known is not None and known.source == "cache" and not hub.is_offline:
+        known = None
     published = published_checkpoints(hub, model)
     found = with_tokens(in_training_order(published.checkpoints), tokens_per_step)
     for commit in full_commits(selector_items(revisions), found):
@@ -71,7 +74,7 @@ def list_checkpoints(
     listed, notes = _choose(hub, model, _as_known(found, known), revisions, seen)
     if not hub.is_offline:  # there the files of a commit are those that were once asked for
         _refuse_empty(model, listed)
-    return Listing(model, "hub", listed, (*published.notes, *notes))
+    return Listing(model, "cache" if hub.is_offline else "hub", listed, (*published.notes, *notes))
 
 
 def listing_to_json(listing: Listing, remembered: Mapping[FileKey, str] | None = None) -> dict[str, Any]:

@@ -93,13 +93,13 @@ class Listing:
 
     Attributes:
         model: As the user named it.
-        source: Where it is.
+        source: On a Hub, in the user's cache of one (whose lists of files may not be whole), or in a local folder.
         checkpoints: All that were seen, chosen or not.
         notes: What is to be known of them, or went wrong while they were listed; one line each.
     """
 
     model: str
-    source: Literal["hub", "local"]
+    source: Literal["hub", "cache", "local"]
     checkpoints: tuple[Checkpoint, ...]
     notes: tuple[str, ...] = ()
 

@@ -10,7 +10,7 @@ def say(text: str) -> None:
 
 def print_table(columns: list[str], cells: list[list[str]]) -> None:
     """Plain columns, words to the left and numbers to the right, never cut: the output may be piped."""
-    left = {"", "checkpoint", "name", "commit", "format", "kind", "duplicate of"}
+    left = {"", "checkpoint", "name", "commit", "format", "kind", "duplicate of", "on"}
     widths = [max(len(row[i]) for row in [columns, *cells]) for i in range(len(columns))]
     for row in [columns, *cells]:
         typer.echo(
@@ -19,6 +19,11 @@ def print_table(columns: list[str], cells: list[list[str]]) -> None:
                 for cell, width, name in zip(row, widths, columns, strict=True)
             ).rstrip()
         )
+
+
+def evenly(count: int, most: int) -> list[int]:
+    """At most `most` of `count` places, the first and the last among them."""
+    return list(range(count)) if count <= most else [round(i * (count - 1) / (most - 1)) for i in range(most)]
 
 
 def repeated(name: str | None, *, partial: bool | None) -> str:

@@ -2,14 +2,14 @@
 
 import inspect
 import json
-from dataclasses import fields
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from redundancy_trace.cli.printing import decimal, number, print_table, repeated, say
+from redundancy_trace.cli.options import hinted, with_settings
+from redundancy_trace.cli.printing import decimal, evenly, number, print_table, repeated, say
 from redundancy_trace.errors import InputError
-from redundancy_trace.settings import TraceSettings, flag_of
+from redundancy_trace.settings import TraceSettings
 
 if TYPE_CHECKING:
     import polars as pl
@@ -56,30 +56,21 @@ def _print_versions(wanted: bool) -> None:  # noqa: FBT001 - called by the parse
     raise typer.Exit
 
 
-def _with_settings_as_options() -> Any:
-    """The sweep with one option for each field of the settings, so that a flag is defined in one place."""
-    hints = get_type_hints(TraceSettings)
-    parameters = [inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)]
-    kind = inspect.Parameter.KEYWORD_ONLY
-    for field in fields(TraceSettings):
-        option = typer.Option(flag_of(field.name), help=field.metadata["help"], show_default=bool(field.default))
-        # Built by call: written with brackets it would be a type to the checker, and the hint is a value.
-        annotation = Annotated.__class_getitem__((hints[field.name], option))  # type: ignore[attr-defined]
-        parameters.append(inspect.Parameter(field.name, kind, default=field.default, annotation=annotation))
-    told = typer.Option(
-        "--version",
-        help="Print the versions of this program and its libraries.",
-        is_eager=True,
-        callback=_print_versions,
-    )
-    shown = Annotated.__class_getitem__((bool, told))  # type: ignore[attr-defined]
-    parameters.append(inspect.Parameter("version", kind, default=False, annotation=shown))
-    _sweep.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    _sweep.__annotations__ = {p.name: p.annotation for p in parameters}
-    return _sweep
-
-
-sweep_command = _with_settings_as_options()
+_CONTEXT = inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
+_VERSION = typer.Option(
+    "--version",
+    help="Print the versions of this program and its libraries.",
+    is_eager=True,
+    callback=_print_versions,
+)
+sweep_command = with_settings(
+    _sweep,
+    TraceSettings,
+    first=(_CONTEXT,),
+    last=(
+        inspect.Parameter("version", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=hinted(bool, _VERSION)),
+    ),
+)
 
 
 def _summary(result: "SweepResult") -> "pl.DataFrame":
@@ -120,9 +111,7 @@ def print_result(result: "SweepResult") -> None:
     """Importance over training in a short table, then where the figures are."""
     summary = _summary(result)
     rows = summary.rows(named=True)
-    if len(rows) > _TABLE_ROWS:
-        picked = [round(i * (len(rows) - 1) / (_TABLE_ROWS - 1)) for i in range(_TABLE_ROWS)]
-        rows = [rows[i] for i in picked]
+    rows = [rows[i] for i in evenly(len(rows), _TABLE_ROWS)]
     has_tokens = any(row["tokens"] is not None for row in rows)
     columns = ["checkpoint", "tokens" if has_tokens else "step", "attn", "mlp", "block", "loss"]
     cells = [

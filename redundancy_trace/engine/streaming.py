@@ -291,9 +291,9 @@ def _run_layer_(
     current = 0
 
     def on_states(seen: LayerStates) -> None:
+        sums.add(seen)  # tells by name what is not finite
         if current == 0:
             check_identity(seen, index)
-        sums.add(seen)
         states[current] = seen.resid_post
 
     with tap(layer, decomposition, on_states):

@@ -10,10 +10,18 @@ from torch import Tensor
 from redundancy_trace.blocks import LayerStates, not_finite
 from redundancy_trace.errors import CheckpointError
 from redundancy_trace.metrics import Distance, Value
-from redundancy_trace.similarity import COMPARED, compare, to_float64, unit, unit_similarity
+from redundancy_trace.similarity import COMPARED, compare, pairwise_similarity, to_float64, unit
 
 # States of all layers that the block-distance matrix may hold, in bytes of float32.
 DISTANCE_BYTES = 256 * 2**20
+# Numbers of a tile: on the CPU what stays in its cache, elsewhere what keeps temporary memory small.
+_TILE = {"cpu": 2**18}
+_LARGE_TILE = 2**24
+
+
+def tile_tokens(device: torch.device, width: int) -> int:
+    """How many tokens of a width are compared at a time."""
+    return max(1, _TILE.get(device.type, _LARGE_TILE) // width)
 
 
 def mean_and_error(sums_N: np.ndarray, counts_N: np.ndarray) -> tuple[float | None, float | None, int, int]:
@@ -51,11 +59,16 @@ class LayerSums:
         Raises:
             CheckpointError: If a state is not finite: it names the layer and the dtype, and is never made a rank.
         """
-        dtype = states.resid_post.dtype
-        for component, x, y, update in states.components():
-            if not all(bool(torch.isfinite(t).all()) for t in (x, y, update)):
+        batch, length, width = states.resid_pre.shape
+        found: dict[str, list[Tensor]] = {}
+        for tile in states.tiles(tile_tokens(states.resid_pre.device, width)):
+            for component, x, update in tile.components():
+                found.setdefault(component, []).append(compare(x, update))
+        for component, parts in found.items():
+            compared = torch.cat(parts, dim=1).unflatten(1, (batch, length))
+            if bool(compared.isinf().any()):
+                dtype = states.resid_post.dtype
                 raise CheckpointError(not_finite(f"the {component} of layer {self.layer}", dtype))
-            compared = compare(x, y, update)  # (4, B, T)
             counted = ~compared.isnan()
             sums = torch.where(counted, compared, 0).sum(dim=-1).cpu().numpy()
             self._sums.setdefault(component, []).append(sums)
@@ -103,13 +116,12 @@ def distance_sequences(n_sequences: int, length: int, *, width: int, n_layers: i
 
 @dataclass
 class DistanceSums:
-    """Residual states h_0 … h_L of the first sequences, each compared with all before it as it arrives."""
+    """Residual states h_0 … h_L of the first sequences, compared each with each."""
 
     n_sequences: int
     _units: list[Tensor] = field(default_factory=list)
     _parts: list[Tensor] = field(default_factory=list)
     _seen: int = 0
-    _distances: list[Distance] = field(default_factory=list)
 
     def add(self, states_BTD: Tensor) -> None:
         """Add one batch of the present state; sequences beyond the first `n_sequences` are passed over."""
@@ -119,21 +131,24 @@ class DistanceSums:
             self._seen += min(wanted, len(states_BTD))
 
     def close(self) -> None:
-        """The present state is complete: compare it with those before."""
-        present = torch.cat(self._parts)
-        j = len(self._units)
-        for i, before in enumerate(self._units):
-            both = unit_similarity(before, present)  # (2, n, T)
-            counted = ~both[0].isnan()
-            n_tokens = int(counted.sum())
-            sums = torch.where(counted, both, 0).flatten(1).sum(dim=1).tolist()
-            self._distances += [
-                Distance(i, j, metric, total / n_tokens if n_tokens else None, n_tokens)
-                for metric, total in zip(COMPARED[:2], sums, strict=True)
-            ]
-        self._units.append(present)
+        """The present state is complete."""
+        self._units.append(torch.cat(self._parts).flatten(0, -2))
         self._parts, self._seen = [], 0
 
     def distances(self) -> tuple[Distance, ...]:
         """All cells with layer < to_layer."""
-        return tuple(sorted(self._distances, key=lambda d: (d.layer, d.to_layer, d.metric)))
+        n_states, (n_tokens, width) = len(self._units), self._units[0].shape
+        sums = torch.zeros(len(COMPARED[:2]), n_states, n_states, dtype=torch.float64)
+        counts = torch.zeros(n_states, n_states, dtype=torch.int64)
+        step = max(1, tile_tokens(self._units[0].device, width) // n_states)
+        for start in range(0, n_tokens, step):
+            both = pairwise_similarity(torch.stack([unit[start : start + step] for unit in self._units], dim=1))
+            counted = ~both[0].isnan()
+            sums += torch.where(counted, both, 0).sum(dim=1).cpu()
+            counts += counted.sum(dim=0).cpu()
+        cells = [(i, j) for i in range(n_states) for j in range(i + 1, n_states)]
+        return tuple(
+            Distance(i, j, metric, float(sums[k, i, j]) / n if (n := int(counts[i, j])) else None, n)
+            for i, j in cells
+            for k, metric in sorted(enumerate(COMPARED[:2]), key=lambda one: one[1])
+        )

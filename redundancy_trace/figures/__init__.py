@@ -1,4 +1,4 @@
-"""The pictures of a run, drawn from its scores alone; no torch, no network.
+"""The pictures of a run, drawn from its scores and evaluations alone; no torch, no network.
 
 Every `plot_` function that takes `ax` draws there and returns it; without one it draws in a figure outside pyplot
 (`.figure` of what it returns), which a notebook shows where it is the last value of a cell. rcParams and pyplot's
@@ -17,19 +17,42 @@ from redundancy_trace.analysis import Axis, blank_duplicates, leave_out_duplicat
 from redundancy_trace.errors import InputError, nearest
 from redundancy_trace.figures.curves import plot_depth, plot_depths, plot_loss
 from redundancy_trace.figures.heatmaps import plot_heatmap, plot_training_heatmaps
+from redundancy_trace.figures.quality import (
+    along_values,
+    curve_values,
+    joint_values,
+    plot_drop_along,
+    plot_drops_along,
+    plot_joint,
+    plot_qualities,
+    plot_quality,
+    plot_tradeoff,
+    plot_tradeoffs,
+    tradeoff_values,
+)
 from redundancy_trace.figures.style import FORMATS, paper_style
 from redundancy_trace.metrics import IMPORTANCE, LOSS
 from redundancy_trace.writing import write_whole
 
 __all__ = [
+    "EVALUATION_FIGURES",
     "FIGURES",
     "FORMATS",
+    "EvaluationFigure",
     "FigureKind",
+    "draw_evaluations",
     "draw_figures",
     "plot_depth",
     "plot_depths",
+    "plot_drop_along",
+    "plot_drops_along",
     "plot_heatmap",
+    "plot_joint",
     "plot_loss",
+    "plot_qualities",
+    "plot_quality",
+    "plot_tradeoff",
+    "plot_tradeoffs",
     "plot_training_heatmaps",
 ]
 
@@ -87,6 +110,41 @@ FIGURES: dict[str, FigureKind] = {
 }
 
 
+@dataclass(frozen=True)
+class EvaluationFigure:
+    """One figure of evaluations: how it is drawn, and the numbers that it shows, one row a value."""
+
+    draw: Callable[[pl.DataFrame], Figure]
+    numbers: Callable[[pl.DataFrame], pl.DataFrame]
+    purpose: str
+    of_one_checkpoint: bool = True
+
+    def rows(self, evaluations: pl.DataFrame) -> pl.DataFrame:
+        """The rows that it is drawn from: of the last checkpoint that has them, where it shows one alone."""
+        rows = evaluations.filter(pl.col("purpose") == self.purpose)
+        if not self.of_one_checkpoint or rows.is_empty():
+            return rows
+        planned = rows.filter(pl.col("plan").is_not_null())
+        last = (planned if len(planned) else rows).row(-1, named=True)
+        return rows.filter(
+            (pl.col("revision") == last["revision"]) & pl.col("commit").eq_missing(pl.lit(last["commit"], pl.String))
+        )
+
+
+def _draw_joint(evaluations: pl.DataFrame) -> Figure:
+    figure = plot_joint(evaluations).get_figure(root=True)
+    assert figure is not None
+    return figure
+
+
+EVALUATION_FIGURES: dict[str, EvaluationFigure] = {
+    "quality": EvaluationFigure(plot_qualities, curve_values, "curve"),
+    "joint": EvaluationFigure(_draw_joint, joint_values, "curve"),
+    "tradeoff": EvaluationFigure(plot_tradeoffs, tradeoff_values, "model"),
+    "drop-along": EvaluationFigure(plot_drops_along, along_values, "along", of_one_checkpoint=False),
+}
+
+
 def draw_figures(
     scores: pl.DataFrame,
     folder: str | Path,
@@ -116,21 +174,73 @@ def draw_figures(
         stored = scores["metric"].unique().to_list() if "metric" in scores.columns else []
         names = [name for name, kind in FIGURES.items() if kind.metric in stored or kind.metric == IMPORTANCE.name]
     names = list(names)
-    _refuse_unknown("figure", names, FIGURES)
-    _refuse_unknown("format", formats, FORMATS)
-    folder = Path(folder).expanduser()
+    refuse_unknown("figure", names, FIGURES)
+    refuse_unknown("format", formats, FORMATS)
+    return [
+        file
+        for name in names
+        for file in _written(
+            Path(folder).expanduser(),
+            name,
+            formats,
+            FIGURES[name].numbers(scores, duplicates),
+            partial(FIGURES[name].draw, scores, duplicates),
+        )
+    ]
+
+
+def draw_evaluations(
+    evaluations: pl.DataFrame,
+    folder: str | Path,
+    names: Iterable[str] | None = None,
+    formats: Iterable[str] = ("png", "pdf"),
+) -> list[Path]:
+    """Draw figures of evaluations into a folder, each with a CSV, as `draw_figures` does those of scores.
+
+    Args:
+        evaluations: As `read_evaluations` gives them; of several checkpoints, figures of one show the last.
+        folder: Where to write, made if need be.
+        names: Keys of `EVALUATION_FIGURES`; None = all that can be drawn.
+        formats: `png`, `pdf`, `svg`.
+
+    Returns:
+        The pictures and, behind those of each figure, its CSV.
+
+    Raises:
+        InputError: As `draw_figures`; or what a figure shows was not measured (says how to).
+    """
+    formats = list(formats)
+    wanted = list(EVALUATION_FIGURES if names is None else names)
+    refuse_unknown("figure", wanted, EVALUATION_FIGURES)
+    refuse_unknown("format", formats, FORMATS)
+    written: list[Path] = []
+    for name in wanted:
+        kind = EVALUATION_FIGURES[name]
+        rows = kind.rows(evaluations)
+        draw = partial(kind.draw, rows)
+        try:
+            numbers = kind.numbers(rows)
+        except InputError:
+            if names is None:
+                continue  # not measured
+            raise
+        written += _written(Path(folder).expanduser(), name, formats, numbers, draw)
+    return written
+
+
+def _written(
+    folder: Path, name: str, formats: list[str], numbers: pl.DataFrame, draw: Callable[[], Figure]
+) -> list[Path]:
+    """Draw one figure and write it in each format, then the CSV of its numbers."""
     written = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name in names:
-            kind = FIGURES[name]
-            numbers = kind.numbers(scores, duplicates)
-            with paper_style():
-                figure = kind.draw(scores, duplicates)
-                for form in formats:
-                    save = partial(figure.savefig, format=form, metadata=FORMATS[form])
-                    written.append(write_whole(folder / f"{name}.{form}", save))
-            written.append(write_whole(folder / f"{name}.csv", numbers.write_csv))
+        with paper_style():
+            figure = draw()
+            for form in formats:
+                save = partial(figure.savefig, format=form, metadata=FORMATS[form])
+                written.append(write_whole(folder / f"{name}.{form}", save))
+        written.append(write_whole(folder / f"{name}.csv", numbers.write_csv))
     except OSError as error:
         raise InputError(
             f"Figures cannot be written to {folder}: {error.strerror or error}. Name a folder that can be written."
@@ -138,7 +248,12 @@ def draw_figures(
     return written
 
 
-def _refuse_unknown(what: str, wanted: list[str], known: Iterable[str]) -> None:
+def refuse_unknown(what: str, wanted: list[str], known: Iterable[str]) -> None:
+    """Refuse names that are not known, with the nearest that is.
+
+    Raises:
+        InputError: One is not.
+    """
     known = list(known)
     for name in wanted:
         if name not in known:

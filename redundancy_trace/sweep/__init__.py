@@ -1,10 +1,28 @@
-"""The sweep over a model's checkpoints. The only part that knows the order of the work.
+"""The sweep over a model's checkpoints, and evaluations of them. The only part that knows the order of the work.
 
 `running` goes from list to figures; `planning` tells what it takes, `calibrating` finds the run's token ids, `tasks`
-what is left to do, `pipeline` fetches and scores it; `calls` are the same from Python.
+what is left to do, `pipeline` fetches and scores it; `evaluating` measures one checkpoint, `along` those of a run;
+`calls` are the same from Python.
 """
 
-from redundancy_trace.sweep.calls import score_model, settings_from, trace
+from redundancy_trace.sweep.calls import (
+    evaluate,
+    evaluate_along,
+    evaluation_failures,
+    score_model,
+    settings_from,
+    trace,
+)
 from redundancy_trace.sweep.running import SweepResult, failure_summary, run_sweep
 
-__all__ = ["SweepResult", "failure_summary", "run_sweep", "score_model", "settings_from", "trace"]
+__all__ = [
+    "SweepResult",
+    "evaluate",
+    "evaluate_along",
+    "evaluation_failures",
+    "failure_summary",
+    "run_sweep",
+    "score_model",
+    "settings_from",
+    "trace",
+]

@@ -1,8 +1,6 @@
 """The token ids of a sweep: where its tokenizer may be, and how the run names them."""
 
-import re
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from redundancy_trace.checkpoints import Listing
@@ -16,27 +14,16 @@ if TYPE_CHECKING:
 
 def calibrate(settings: TraceSettings, listing: Listing, run: "Run", hub: Hub) -> "tuple[Calibration, Run]":
     """The run's token ids, made or taken up again, and the run with them on record."""
-    from redundancy_trace.calibration import TokenizerSource, load_calibration
+    from redundancy_trace.calibration import load_calibration, tokenizer_sources
     from redundancy_trace.store import CalibrationRecord
 
-    local = listing.source == "local"
     name = _name(settings, listing)
-    chosen = listing.chosen
-    if local:
-        folder = Path(settings.model or "").expanduser()
-        places: list[Path | str] = [folder, *(c.path for c in reversed(chosen) if c.path is not None)]
-        candidates = [TokenizerSource(place) for place in places]
-    else:
-        last = [checkpoint for checkpoint in chosen if checkpoint.commit][-1:]
-        repo = next((c.repo for c in last if c.repo), listing.model)
-        candidates = [TokenizerSource(repo, c.commit or "main", c.subfolder) for c in last]
-        candidates += [TokenizerSource(place) for place in dict.fromkeys((repo, listing.model, _final_model(repo)))]
     calibration = load_calibration(
         name,
         samples=settings.samples,
         sequence_length=settings.sequence_length,
         tokenizer=settings.tokenizer,
-        candidates=candidates,
+        candidates=tokenizer_sources(listing),
         hub=hub,
         run=run.folder,
         trust_remote_code=settings.trust_remote_code,
@@ -68,11 +55,6 @@ def label_asked_for(settings: TraceSettings, listing: Listing) -> str:
 
 def _name(settings: TraceSettings, listing: Listing) -> str:
     return settings.calibration or ("pydoc" if listing.source == "local" or settings.offline else "c4")
-
-
-def _final_model(repo: str) -> str:
-    """The repository of the finished model that one of checkpoints is named after (bloom-7b1-intermediate, say)."""
-    return re.sub(r"(-intermediate)?(-checkpoints)?$", "", repo, flags=re.IGNORECASE)
 
 
 def calibration_label(run: "Run", calibration: "Calibration") -> str:

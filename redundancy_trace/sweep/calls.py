@@ -1,23 +1,27 @@
-"""The sweep, and the scores of one model, as functions for Python and Jupyter."""
+"""The sweep, the scores of one model and evaluations, as functions for Python and Jupyter."""
 
 import inspect
 import textwrap
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 from redundancy_trace.errors import CheckpointError, InputError, nearest
 from redundancy_trace.progress import reporting
-from redundancy_trace.settings import TraceSettings
+from redundancy_trace.settings import EvaluationSettings, TraceSettings
 from redundancy_trace.sweep.running import failure_summary, run_sweep
 
 if TYPE_CHECKING:
     import numpy as np
     import polars as pl
 
+    from redundancy_trace.pruning import DropPlan
+    from redundancy_trace.sweep.evaluating import EvaluationResult
+
+_Settings = TypeVar("_Settings", TraceSettings, EvaluationSettings)
 # Settings that may be given as a text or as a path.
-_PATHS = ("model", "out", "calibration", "tokenizer")
+_PATHS = ("model", "out", "calibration", "tokenizer", "along", "plan", "scores", "text", "task_folder")
 
 
 def trace(model: str | Path | None = None, **settings: Any) -> "pl.DataFrame":
@@ -54,42 +58,44 @@ def trace(model: str | Path | None = None, **settings: Any) -> "pl.DataFrame":
     return one_calibration(read_scores(result.folder), result.calibration)
 
 
-def _described(call: Callable[..., Any]) -> None:
+def _described(call: Callable[..., Any], settings: type[Any], without: tuple[str, ...] = ()) -> None:
     """Show the settings that a call takes as keywords to `help` and to completion: names, types, defaults, texts."""
-    hints = {
-        name: hint | str | Path if name in _PATHS else hint for name, hint in get_type_hints(TraceSettings).items()
-    }
-    kinds = {"model": inspect.Parameter.POSITIONAL_OR_KEYWORD}
-    parameters = [
-        inspect.Parameter(
-            field.name,
-            kinds.get(field.name, inspect.Parameter.KEYWORD_ONLY),
-            default=field.default,
-            annotation=hints[field.name],
-        )
-        for field in fields(TraceSettings)
-    ]
-    result = inspect.signature(call).return_annotation
-    call.__signature__ = inspect.Signature(parameters, return_annotation=result)  # type: ignore[attr-defined]
-    lines = [f"{field.name}: {field.metadata['help']}" for field in fields(TraceSettings)]
+    hints = {name: hint | str | Path if name in _PATHS else hint for name, hint in get_type_hints(settings).items()}
+    signature = inspect.signature(call)
+    own = {name: one for name, one in signature.parameters.items() if one.kind is not inspect.Parameter.VAR_KEYWORD}
+    taken = [field for field in fields(settings) if field.name not in without]
+    for field in taken:
+        kind = own[field.name].kind if field.name in own else inspect.Parameter.KEYWORD_ONLY
+        own[field.name] = inspect.Parameter(field.name, kind, default=field.default, annotation=hints[field.name])
+    call.__signature__ = signature.replace(parameters=[*own.values()])  # type: ignore[attr-defined]
+    lines = [f"{field.name}: {field.metadata['help']}" for field in taken]
     told = [textwrap.fill(line, 100, initial_indent=" " * 4, subsequent_indent=" " * 8) for line in lines]
     call.__doc__ = "\n".join([f"{inspect.getdoc(call)}\n", "Settings:", *told, ""])
 
 
-_described(trace)
+_described(trace, TraceSettings)
 
 
 def settings_from(given: dict[str, Any]) -> TraceSettings:
     """Settings from keyword arguments; an unknown one is an `InputError` that names the nearest."""
-    known = TraceSettings.__dataclass_fields__
+    return _settings(TraceSettings, given)
+
+
+def _settings(settings: type[_Settings], given: dict[str, Any]) -> _Settings:
+    known = [field.name for field in fields(settings)]
     for name in given:
         if name not in known:
             near = nearest(name, known, count=1)
             hint = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(known)}."
             raise InputError(f"There is no setting {name!r}. {hint}")
-    texts = {name: str(given[name]) for name in _PATHS if isinstance(given.get(name), Path)}
-    out = {} if given.get("out") is None else {"out": Path(given["out"])}
-    return TraceSettings(**{**given, **texts, **out})
+    hints = get_type_hints(settings)
+    changed = {name: value for name, value in given.items() if value is not None}
+    for name, value in changed.items():
+        if hints[name] == Path | None:
+            changed[name] = Path(value)
+        elif isinstance(value, Path):
+            changed[name] = str(value)
+    return settings(**{**given, **changed})
 
 
 def score_model(
@@ -152,3 +158,86 @@ def score_model(
         scores = engines.score_module(model, ids, batch_size=size)
         name = type(model).__name__
     return scores_frame(Labels(model=name, revision=name), scores.values)
+
+
+def evaluate(
+    model: Any,
+    revision: str | None = None,
+    *,
+    plan: "DropPlan | str | Path | None" = None,
+    token_ids: "np.ndarray | Any" = None,
+    tokenizer: Any = None,
+    **settings: Any,
+) -> "pl.DataFrame":
+    """Measure one model, whole and under a plan: what `trace eval` does on the command line.
+
+    Args:
+        model: Hub repository, local folder, or a causal language model of transformers in memory, which is as before
+            afterwards; of one in memory nothing is stored.
+        revision: Which checkpoint; may be left out where there is only one.
+        plan: A drop plan, or the file of one; measured before and after, in turns.
+        token_ids: For a model in memory: its text, integers of shape (W, T).
+        tokenizer: For a model in memory: its tokenizer, for `tasks`. Else a repository or folder that has it.
+        **settings: The flags of `trace eval`, with `_` for `-`; they are listed below.
+
+    Returns:
+        One row a number, with the columns of `read_evaluations`.
+
+    Raises:
+        InputError: If the input cannot be used; an unknown setting is told with the nearest known one.
+        CheckpointError: If the checkpoint cannot be had, or not be measured.
+
+    Example:
+        >>> evaluate("EleutherAI/pythia-160m", "step143000", plan=plan, measure="loss")  # doctest: +SKIP
+    """
+    from redundancy_trace.pruning import DropPlan
+    from redundancy_trace.sweep.evaluating import evaluate_in_memory, run_evaluation
+
+    in_memory = not isinstance(model, (str, Path))
+    made = plan if isinstance(plan, DropPlan) else None
+    given: dict[str, Any] = {**settings, "revision": revision, "plan": None if made else plan}
+    given |= {"model": type(model).__name__} if in_memory else {"model": model, "tokenizer": tokenizer}
+    chosen = _settings(EvaluationSettings, given)
+    with reporting(quiet=chosen.quiet) as reporter:
+        if in_memory:
+            return evaluate_in_memory(chosen, reporter, model, made, token_ids, tokenizer)
+        if token_ids is not None:
+            raise InputError(
+                "token_ids are for a model in memory; of a checkpoint, name a text: text='tokens:FILE.npy'."
+            )
+        return run_evaluation(chosen, reporter, made).rows
+
+
+_described(evaluate, EvaluationSettings, without=("along",))
+
+
+def evaluate_along(run: str | Path, **settings: Any) -> "pl.DataFrame":
+    """Measure what dropping costs at every checkpoint of a run: what `trace eval --along RUN` does.
+
+    Args:
+        run: Run folder of a sweep.
+        **settings: `drops`, `orders`, `text`, `samples`, `sequence_length`, `stride`, `batch_size`, `device`,
+            `endpoint`, `offline` and `quiet`, as `evaluate` has them.
+
+    Returns:
+        One row a loss, with the columns of `read_evaluations`: at each checkpoint the whole model, and each drop in
+        each order; at the last also the plans of all others, told apart by `plan_revision`.
+
+    Raises:
+        InputError: If the input cannot be used.
+        CheckpointError: If no checkpoint could be measured.
+    """
+    from redundancy_trace.sweep.along import run_along
+
+    chosen = _settings(EvaluationSettings, {**settings, "along": run})
+    with reporting(quiet=chosen.quiet) as reporter:
+        result = run_along(chosen, reporter)
+    if result.rows.is_empty():
+        raise CheckpointError(evaluation_failures(result))
+    return result.rows
+
+
+def evaluation_failures(result: "EvaluationResult") -> str:
+    """The checkpoints that could not be measured, with the reasons."""
+    lines = [f"  {name}: {reason}" for name, reason in result.failures.items()]
+    return "\n".join([f"{len(lines)} checkpoints could not be measured; give the same command to try again.", *lines])

@@ -33,7 +33,7 @@ _TURN_SECONDS = 0.2
 
 
 @dataclass
-class _Turn:
+class Turn:
     """One checkpoint on its way through the sweep."""
 
     task: Task
@@ -69,7 +69,11 @@ def score_all(
     scoring = Scoring(
         calibration.token_ids, run.dtype, settings.batch_size, settings.engine, settings.trust_remote_code
     )
-    with interrupts_kept() as look, _fetching(settings, listing, run.folder, hub, reporter) as begin, closing(places):
+    with (
+        interrupts_kept() as look,
+        fetching_ahead(settings, listing, run.folder, hub, reporter) as begin,
+        closing(places),
+    ):
         flow = _Flow(run.folder, deque(tasks), places, begin, keep if settings.keep else discard, reporter, any_stored)
         flow.fetch_ahead()
         places.start(scoring)
@@ -88,12 +92,12 @@ class _Flow:
     run: Path
     left: deque[Task]
     places: Places
-    begin: Callable[[Task], _Turn]
+    begin: Callable[[Task], Turn]
     let_go: Callable[[Fetched], None]
     reporter: Reporter
     any_stored: bool
-    ahead: list[_Turn] = field(default_factory=list)
-    at_work: "dict[Future[ModelScores], _Turn]" = field(default_factory=dict)
+    ahead: list[Turn] = field(default_factory=list)
+    at_work: "dict[Future[ModelScores], Turn]" = field(default_factory=dict)
     scored: int = 0
     failures: dict[str, str] = field(default_factory=dict)
 
@@ -148,7 +152,7 @@ class _Flow:
         if wanted:
             wait(wanted, timeout=_TURN_SECONDS, return_when=FIRST_COMPLETED)
 
-    def _fail(self, turn: _Turn, error: BaseException) -> None:
+    def _fail(self, turn: Turn, error: BaseException) -> None:
         from redundancy_trace import store
 
         # Input that fits none is told at once; what others bore is a fault of this one, and they go on.
@@ -165,10 +169,17 @@ def not_scored(name: str, reason: str) -> str:
     return f"{name}: not scored: {reason}"
 
 
+def awaited(turn: Turn) -> Fetched:
+    """What is fetched, waited for in short turns: once polars has run, a signal does not end a wait for a lock."""
+    while not wait([turn.fetching], timeout=_TURN_SECONDS).done:
+        pass
+    return turn.fetching.result()
+
+
 @contextmanager
-def _fetching(
+def fetching_ahead(
     settings: TraceSettings, listing: Listing, folder: Path, hub: Hub, reporter: Reporter
-) -> Iterator[Callable[[Task], _Turn]]:
+) -> Iterator[Callable[[Task], Turn]]:
     """A thread that fetches one checkpoint at a time, while another checks the hashes of the one before.
 
     When the sweep is interrupted, what has arrived stays for the next one; when it fails, it is deleted at once.
@@ -176,7 +187,7 @@ def _fetching(
     room = Room(parse_bytes(settings.disk_budget) if settings.disk_budget else None)
     # The whole model is loaded from files.
     how: Any = "file" if settings.keep or settings.engine == "whole" else settings.fetch
-    turns: list[_Turn] = []
+    turns: list[Turn] = []
     free = Event()  # of the network: set when the last download has all its bytes
     free.set()
 
@@ -201,10 +212,10 @@ def _fetching(
         finally:
             arrived.set()
 
-    def begin(task: Task) -> _Turn:
+    def begin(task: Task) -> Turn:
         nonlocal free
         stopped, before, free = Event(), free, Event()
-        turns.append(_Turn(task, pool.submit(work, task, stopped, before, free), stopped))
+        turns.append(Turn(task, pool.submit(work, task, stopped, before, free), stopped))
         return turns[-1]
 
     pool = ThreadPoolExecutor(2, "fetching")

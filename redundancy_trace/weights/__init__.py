@@ -9,8 +9,10 @@ from redundancy_trace.weights.loading import (
     release_,
 )
 from redundancy_trace.weights.remote import open_remote_weights
+from redundancy_trace.weights.shards import SHARD_BYTES, write_shards
 
 __all__ = [
+    "SHARD_BYTES",
     "EmptyModel",
     "WeightFiles",
     "build_empty_model",
@@ -19,4 +21,5 @@ __all__ = [
     "open_weights",
     "read_config",
     "release_",
+    "write_shards",
 ]

@@ -79,19 +79,26 @@ class WeightFiles:
 
 
 def open_weights(folder: Path) -> WeightFiles:
-    """Open the weights of a checkpoint folder.
+    """Open the weights of a checkpoint folder: the first set of them that is whole.
 
     Args:
         folder: Holds `model.safetensors`, `pytorch_model.bin`, or the index and shards of one of them.
 
     Raises:
-        CheckpointError: If there are no weights, a shard is missing, or a file is truncated or no weight file.
+        CheckpointError: If there are no weights, shards of every set are missing, or a file is truncated or no weight
+            file.
     """
+    lacking: CheckpointError | None = None
     for single, index in _FORMATS:
         if (folder / single).is_file():
             return _weight_files(folder, {folder / single: _open(folder / single)})
         if (folder / index).is_file():
-            return _open_shards(folder / index)
+            places = _places(folder / index)
+            if (reason := _lacking(folder, places)) is None:
+                return _open_shards(folder / index, places)
+            lacking = lacking or CheckpointError(reason)
+    if lacking is not None:
+        raise lacking
     raise CheckpointError(
         f"{folder} has no weights: none of {', '.join(name for pair in _FORMATS for name in pair)} is there."
     )
@@ -113,15 +120,20 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _open_shards(index: Path) -> WeightFiles:
-    """Open all shards of an index. What it says and what they hold must agree, tensor by tensor."""
-    folder, places = index.parent, _places(index)
+def _lacking(folder: Path, places: Mapping[str, str]) -> str | None:
+    """What is to be told of an index whose shards are not all there."""
     names = sorted(set(places.values()))
     missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
-        raise CheckpointError(
-            f"{folder} lacks {len(missing)} of its {len(names)} weight shards: {', '.join(missing[:5])}."
-        )
+    return (
+        f"{folder} lacks {len(missing)} of its {len(names)} weight shards: {', '.join(missing[:5])}."
+        if missing
+        else None
+    )
+
+
+def _open_shards(index: Path, places: Mapping[str, str]) -> WeightFiles:
+    """Open all shards of an index. What it says and what they hold must agree, tensor by tensor."""
+    folder, names = index.parent, sorted(set(places.values()))
     shards = {folder / name: _open(folder / name) for name in names}
     absent = [name for name, shard in places.items() if name not in shards[folder / shard]]
     if absent:

@@ -1,4 +1,4 @@
-"""The run folder: one parquet a checkpoint, written whole or not at all, each row traceable to what made it.
+"""The scores of a run: one parquet a checkpoint, written whole or not at all, each row traceable to what made it.
 
 Needs neither torch nor a network. Two processes may work on one run: files are written under names of their own and
 renamed, so that at worst a checkpoint is scored twice.
@@ -8,7 +8,7 @@ import errno
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -55,7 +55,7 @@ DISTANCE_SCHEMA: dict[str, Any] = {
     "identity": pl.String,
 }
 # Rows of a run are read in training order.
-_ORDER = ("seed", "stage", "ingredient", "step", "tokens", "revision", "calibration")
+_ORDER = ("seed", "stage", "ingredient", "step", "tokens", "revision")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,8 +185,9 @@ def open_run(
         raise InputError(f"--out {folder} cannot be written to ({error.strerror}); try another --out.") from error
     run = read_run(folder)
     if run is None:
-        # Token ids and listing are kept before settings.json: alone, they are what a killed sweep left.
-        ours = (".", "token_ids", "listing.json")
+        # Token ids and listing are kept before settings.json: alone, they are what a killed sweep left. Evaluations
+        # need no sweep.
+        ours = (".", "token_ids", "listing.json", "evaluations")
         names = sorted(path.name for path in folder.iterdir()) if there == folder else []
         foreign = [name for name in names if not name.startswith(ours)]
         if foreign:
@@ -212,7 +213,9 @@ def open_run(
 
 def tidy_run(folder: Path) -> None:
     """Delete what killed processes left half-written in a run."""
-    remove_stray_parts([folder, *(folder / part for part in ("scores", "distances", "failures", "figures"))])
+    remove_stray_parts(
+        [folder, *(folder / part for part in ("scores", "distances", "failures", "figures", "evaluations"))]
+    )
 
 
 def write_run(run: Run, settings: Mapping[str, Any]) -> Run:
@@ -283,8 +286,8 @@ def write_part(folder: Path, labels: Labels, scores: ModelScores) -> None:
     assert labels.commit is not None
     assert labels.identity is not None
     name = part_name(labels.commit, labels.identity)
-    _write_parquet(folder / "distances" / f"{name}.parquet", distances_frame(labels, scores.distances))
-    _write_parquet(folder / "scores" / f"{name}.parquet", scores_frame(labels, scores.values))
+    write_parquet(folder / "distances" / f"{name}.parquet", distances_frame(labels, scores.distances))
+    write_parquet(folder / "scores" / f"{name}.parquet", scores_frame(labels, scores.values))
     clear_failures(folder, {labels.revision}, labels.calibration)
 
 
@@ -406,18 +409,33 @@ def _read(folder: Path, part: str, schema: dict[str, Any], within: tuple[str, ..
     files = sorted((folder / part).glob("*.parquet"))
     if not files:
         raise InputError(f"{folder} holds no scores yet; run trace --model {run.model} --out {folder} first.")
+    first = {record.label: i for i, record in enumerate(run.calibrations)}
+    by_calibration = pl.col("calibration").replace_strict(first, default=len(first), return_dtype=pl.Int64)
     frame = pl.scan_parquet(files, schema=schema).collect()
+    return as_listed(frame, folder, run, [by_calibration], ["calibration", "commit", *within])
+
+
+def as_listed(
+    frame: pl.DataFrame, folder: Path, run: Run | None, before: Sequence[pl.Expr], within: Sequence[str]
+) -> pl.DataFrame:
+    """Rows in training order, with the tokens that the run's listing knows, without those of commits that moved.
+
+    Args:
+        frame: Rows with the columns of a checkpoint.
+        folder: The run folder.
+        run: The run in it, if there is one.
+        before: What decides the order before the place in training does.
+        within: Columns that decide it between rows of one checkpoint.
+    """
     listed = _listed(folder)
     # Tokens of the listing first: those in the rows are by the tokens per step that the run was told at the time.
     tokens = pl.col("revision").replace_strict(listed["name"], listed["tokens"], default=None, return_dtype=pl.Int64)
-    frame = frame.with_columns(tokens=pl.coalesce(tokens, "tokens", pl.col("step") * run.tokens_per_step))
-    first = {record.label: i for i, record in enumerate(run.calibrations)}
-    by_calibration = pl.col("calibration").replace_strict(first, default=len(first), return_dtype=pl.Int64)
+    per_step = run.tokens_per_step if run else None
+    frame = frame.with_columns(tokens=pl.coalesce(tokens, "tokens", pl.col("step") * per_step))
     place = pl.col("revision").replace_strict(
         listed["name"], listed["place"], default=len(listed), return_dtype=pl.Int64
     )
-    order = [by_calibration, place, *_ORDER, "commit", *within]
-    return _present(frame, listed).sort(order, nulls_last=False)
+    return _present(frame, listed).sort([*before, place, *_ORDER, *within], nulls_last=False)
 
 
 def _listed(folder: Path) -> pl.DataFrame:
@@ -441,7 +459,12 @@ def _present(frame: pl.DataFrame, listed: pl.DataFrame) -> pl.DataFrame:
     return joined.filter(~moved.fill_null(value=False)).drop("present")
 
 
-def _write_parquet(path: Path, frame: pl.DataFrame) -> None:
+def write_parquet(path: Path, frame: pl.DataFrame) -> None:
+    """Write a frame whole or not at all.
+
+    Raises:
+        InputError: There is no space left, or the place is not writable.
+    """
     _write(path, frame.write_parquet)
 
 

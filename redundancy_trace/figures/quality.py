@@ -1,0 +1,561 @@
+"""What dropping costs: quality against number dropped, joint drops, speed and memory, and the loss along training."""
+
+from typing import Literal
+
+import numpy as np
+import polars as pl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from redundancy_trace.analysis import training_axis
+from redundancy_trace.errors import InputError
+from redundancy_trace.figures.style import (
+    PAGE_WIDTH,
+    Array,
+    PaperFigure,
+    axes_or_new,
+    paper_style,
+    plain,
+    title,
+)
+from redundancy_trace.figures.training import TrainingScale, dress_training, training_scale
+from redundancy_trace.metrics import COMPONENT_LABELS, EVALUATION_METRICS, LOSS
+
+KINDS = ("attn", "mlp", "block", "joint")
+# Nats per token; what a drop adds is shown on a log axis beyond.
+LINEAR_UP_TO = 0.01
+_LABELS = {**COMPONENT_LABELS, "joint": "Joint"}
+# Colours that stay apart in print and for the colour-blind (Okabe and Ito).
+_COLOURS = {"attn": "#0072B2", "mlp": "#D55E00", "block": "#009E73", "joint": "#CC79A7"}
+_MARKERS = {"attn": "s", "mlp": "*"}
+_GREY = "0.55"
+_FINE = (0, (1, 1.5))
+Curve = tuple[Array, Array]
+
+
+def plot_quality(
+    evaluations: pl.DataFrame,
+    *,
+    component: str = "attn",
+    metric: str = "loss",
+    dataset: str | None = None,
+    ax: Axes | None = None,
+    legend: bool = True,
+) -> Axes:
+    """Quality against the number of components dropped (arXiv 2406.15786, Fig. 5).
+
+    Solid: by importance. Grey: the mean of random orders, with a band from their worst to their best. Dotted: deepest
+    first. Horizontal: the whole model.
+
+    Args:
+        evaluations: Rows of one checkpoint, as `read_evaluations` gives them.
+        component: `attn`, `mlp`, `block` or `joint`.
+        metric: What was measured: `loss`, or a metric of a task such as `acc_norm`.
+        dataset: On what; None = the first that has such rows.
+        ax: Where to draw; None = a new figure one column wide.
+        legend: Whether to explain the lines.
+
+    Returns:
+        The axes.
+
+    Raises:
+        InputError: There are no such rows, or they are of several checkpoints.
+    """
+    values = curve_values(evaluations, metric, dataset)
+    rows = values.filter(pl.col("component") == component)
+    if rows.is_empty():
+        known = values["component"].drop_nulls().unique(maintain_order=True).to_list()
+        raise InputError(f"No {metric} was measured with {component!r} dropped; dropped were {', '.join(known)}.")
+    with axes_or_new(ax, height=2.8) as on:
+        whole = _whole(values)
+        on.axhline(whole, color=_GREY, linewidth=0.6, linestyle=_FINE, zorder=0)
+        _draw_orders(on, rows, whole, _COLOURS[component])
+        _dress_dropped(on, rows, metric)
+        if legend:
+            _legend(on, _order_handles(_COLOURS[component], rows["order"].to_list()), ax)
+        label = _LABELS[component]
+        on.set_title(label if ax is not None else _titled(values, f"{label} dropped"))
+        return on
+
+
+def plot_qualities(evaluations: pl.DataFrame, *, metric: str = "loss", dataset: str | None = None) -> Figure:
+    """Quality against number dropped, side by side for each kind of component, on one scale.
+
+    Args:
+        evaluations: Rows of one checkpoint, as for `plot_quality`.
+        metric: What was measured.
+        dataset: On what.
+
+    Raises:
+        InputError: There are no such rows, or they are of several checkpoints.
+    """
+    values = curve_values(evaluations, metric, dataset)
+    kinds = [kind for kind in KINDS if kind in values["component"].to_list()]
+    with paper_style():
+        figure = PaperFigure(PAGE_WIDTH, 2.4)
+        panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
+        for ax, kind in zip(panels, kinds, strict=True):
+            plot_quality(evaluations, component=kind, metric=metric, dataset=dataset, ax=ax, legend=False)
+            if ax is not panels[0]:
+                ax.set_ylabel("")
+        handles = _order_handles("0.2", values["order"].to_list())
+        figure.legend(handles=handles, fontsize=7, frameon=False, loc="outside lower center", ncols=len(handles))
+        figure.suptitle(_titled(values, "quality against number dropped"))
+        return figure
+
+
+def plot_joint(
+    evaluations: pl.DataFrame, *, metric: str = "loss", dataset: str | None = None, ax: Axes | None = None
+) -> Axes:
+    """Dropping attention and MLP sorted together, step by step, against dropping one kind (arXiv 2406.15786, Fig. 8).
+
+    On the joint curve a star says that this step dropped an MLP, a square that it dropped an attention.
+
+    Args:
+        evaluations: Rows of one checkpoint, as `read_evaluations` gives them.
+        metric: What was measured.
+        dataset: On what; None = the first that has such rows.
+        ax: Where to draw; None = a new figure one column wide.
+
+    Returns:
+        The axes.
+
+    Raises:
+        InputError: There are no such rows with a joint order, or they are of several checkpoints.
+    """
+    rows = joint_values(evaluations, metric, dataset)
+    joint = rows.filter(pl.col("component") == "joint").sort("n_dropped")
+    with axes_or_new(ax, height=2.8) as on:
+        whole = _whole(rows)
+        handles = []
+        for kind in KINDS[:3]:
+            one = rows.filter(pl.col("component") == kind)
+            if not one.is_empty():
+                x, y = _curve(one, whole)
+                on.plot(x, y, color=_COLOURS[kind], linewidth=0.8, alpha=0.8)
+                handles.append(Line2D([], [], color=_COLOURS[kind], linewidth=0.8, label=_LABELS[kind]))
+        colour = _COLOURS["joint"]
+        on.plot(*_curve(joint, whole), color=colour, linewidth=1)
+        handles.insert(0, Line2D([], [], color=colour, linewidth=1, label=_LABELS["joint"]))
+        for kind, marker in _MARKERS.items():
+            steps = joint.filter(pl.col("last_component") == kind)
+            size = 6.5 if marker == "*" else 3.2
+            on.plot(steps["n_dropped"], steps["value"], marker, color=colour, markersize=size, markeredgewidth=0)
+            said = f"step drops an {_LABELS[kind] if kind == 'mlp' else 'attention'}"
+            handles.append(
+                Line2D(
+                    [], [], color=colour, marker=marker, markersize=size, markeredgewidth=0, linestyle="", label=said
+                )
+            )
+        on.axhline(whole, color=_GREY, linewidth=0.6, linestyle=_FINE, zorder=0)
+        _dress_dropped(on, rows, metric)
+        _legend(on, handles, ax)
+        on.set_title("Joint" if ax is not None else _titled(rows, "joint drop"))
+        return on
+
+
+def plot_tradeoff(
+    evaluations: pl.DataFrame,
+    *,
+    against: Literal["speed", "memory"] = "speed",
+    metric: str = "loss",
+    dataset: str | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """What a drop gains against what it costs, one point a plan: decoding speed or memory, and quality.
+
+    Args:
+        evaluations: Rows of one checkpoint, each plan measured for quality and speed (`trace eval --plan`).
+        against: `speed`: how many times as fast a model decodes as the whole one; `memory`: weights and KV cache, as a
+            share of the whole model's.
+        metric: Quality.
+        dataset: On what; None = the first that has such rows.
+        ax: Where to draw; None = a new figure one column wide.
+
+    Returns:
+        The axes. Lines join plans of one kind that drop more and more.
+
+    Raises:
+        InputError: There are no such rows, or they are of several checkpoints.
+    """
+    rows = tradeoff_values(evaluations, metric, dataset)
+    with axes_or_new(ax, height=2.8) as on:
+        column = "speedup" if against == "speed" else "memory_share"
+        whole = rows.filter(pl.col("n_dropped") == 0)
+        on.plot(whole[column], whole["quality"], "o", color="0.2", markersize=4)
+        handles = [Line2D([], [], color="0.2", marker="o", markersize=4, linestyle="", label="whole model")]
+        for kind in KINDS:
+            one = rows.filter((pl.col("component") == kind) & (pl.col("order") == "importance")).sort("n_dropped")
+            if one.is_empty():
+                continue
+            x = np.concatenate((whole[column].to_numpy()[:1], one[column].to_numpy()))
+            y = np.concatenate((whole["quality"].to_numpy()[:1], one["quality"].to_numpy()))
+            on.plot(x, y, color=_COLOURS[kind], linewidth=0.8, marker="o", markersize=3, markevery=range(1, x.size))
+            for place, height, count in zip(x[1:], y[1:], one["n_dropped"], strict=True):
+                on.annotate(
+                    str(count),
+                    (place, height),
+                    xytext=(3, 2),
+                    textcoords="offset points",
+                    fontsize=6,
+                    color=_COLOURS[kind],
+                )
+            handles.append(Line2D([], [], color=_COLOURS[kind], marker="o", markersize=3, label=_LABELS[kind]))
+        on.set_xlabel(
+            "decoding speed, whole model = 1" if against == "speed" else "weights + KV cache, whole model = 1"
+        )
+        on.set_ylabel(_metric_label(metric))
+        on.margins(0.1)
+        _legend(on, handles, ax)
+        name = "Decoding speed" if against == "speed" else "Memory"
+        on.set_title(name if ax is not None else _titled(rows, f"{name.lower()} and quality"))
+        return on
+
+
+def plot_drop_along(evaluations: pl.DataFrame, *, drop: str, ax: Axes | None = None, legend: bool = True) -> Axes:
+    """What one kind of drop adds to the loss, at each checkpoint of a training.
+
+    Solid: each checkpoint under its own plan by importance. Dashed: the last checkpoint under the plan of each. Band:
+    each checkpoint under random plans, with their mean. Dotted: deepest first.
+
+    Args:
+        evaluations: Rows of a run, as `trace eval --along` stores them.
+        drop: What was dropped, such as `attn=25%`.
+        ax: Where to draw; None = a new figure one column wide.
+        legend: Whether to explain the lines.
+
+    Returns:
+        The axes; y is loss with the drop less loss of the whole model, in nats per token, logarithmic beyond ±0.01.
+
+    Raises:
+        InputError: There are no such rows.
+    """
+    rows = along_values(evaluations)
+    one = rows.filter(pl.col("plan") == drop)
+    if one.is_empty():
+        known = rows["plan"].unique(maintain_order=True).to_list()
+        raise InputError(f"{drop!r} was not dropped along this run; dropped were {', '.join(known)}.")
+    scale = _scale(rows)
+    with axes_or_new(ax, height=2.8) as on:
+        kind = one["component"][0]
+        colour = _COLOURS.get(kind, "0.2")
+        on.axhline(0, color=_GREY, linewidth=0.6, linestyle=_FINE, zorder=0)
+        own = one.filter(pl.col("applied") == "own")
+        random = own.filter(pl.col("order") == "random").group_by("position_order", maintain_order=True)
+        spread = random.agg(low=pl.col("added").min(), mean=pl.col("added").mean(), high=pl.col("added").max())
+        spread = spread.sort("position_order")
+        if not spread.is_empty():
+            x = scale.values[spread["position_order"].to_numpy()]
+            on.fill_between(
+                x, spread["low"].to_numpy(), spread["high"].to_numpy(), color=_GREY, alpha=0.25, linewidth=0
+            )
+            on.plot(x, spread["mean"].to_numpy(), color=_GREY, linewidth=0.8)
+        _along_line(on, scale, own.filter(pl.col("order") == "deepest"), color=colour, linestyle=":", linewidth=0.9)
+        last = one.filter(pl.col("applied") == "last")
+        _along_line(on, scale, last, color=colour, linestyle=(0, (4, 2)), linewidth=0.9)
+        by_importance = own.filter(pl.col("order") == "importance")
+        _along_line(on, scale, by_importance, color=colour, linewidth=1.1, marker="o", markersize=2.5)
+        on.set_yscale("symlog", linthresh=LINEAR_UP_TO, linscale=0.6)
+        on.yaxis.set_major_formatter(FuncFormatter(lambda tick, _: f"{tick:g}"))
+        dress_training(on, scale, "x")
+        on.set_ylabel("added loss (nats per token)")
+        if legend:
+            _legend(on, _along_handles(colour, one), ax)
+        text = drop_label(drop)
+        on.set_title(title(evaluations, f"{text} dropped") if ax is None else text)
+        return on
+
+
+def plot_drops_along(evaluations: pl.DataFrame) -> Figure:
+    """Every kind of drop along a training, side by side on one scale.
+
+    Args:
+        evaluations: Rows of a run, as `trace eval --along` stores them.
+
+    Returns:
+        A figure as wide as a two-column page.
+
+    Raises:
+        InputError: There are no such rows.
+    """
+    rows = along_values(evaluations)
+    drops = rows["plan"].unique(maintain_order=True).to_list()
+    with paper_style():
+        columns = min(3, len(drops))
+        lines = -(-len(drops) // columns)
+        figure = PaperFigure(PAGE_WIDTH, 0.5 + 1.9 * lines)
+        panels = figure.subplots(lines, columns, sharey=True, sharex=True, squeeze=False).ravel()
+        for ax, drop in zip(panels, drops, strict=False):
+            plot_drop_along(evaluations, drop=drop, ax=ax, legend=False)
+        for place, ax in enumerate(panels):
+            if place % columns:
+                ax.set_ylabel("")
+            if place + columns < len(drops):
+                ax.set_xlabel("")
+            elif place < len(drops):
+                ax.tick_params(labelbottom=True)
+        for ax in panels[len(drops) :]:
+            ax.set_axis_off()
+        handles = _along_handles("0.2", rows)
+        if len(drops) < panels.size:
+            panels[-1].legend(handles=handles, fontsize=7, frameon=False, loc="center")
+        else:
+            figure.legend(handles=handles, fontsize=7, frameon=False, loc="outside lower center", ncols=len(handles))
+        figure.suptitle(title(evaluations, f"what dropping adds to the loss on {plain(rows['dataset'][0])}"))
+        return figure
+
+
+def plot_tradeoffs(evaluations: pl.DataFrame) -> Figure:
+    """Speed and memory against the loss, side by side.
+
+    Args:
+        evaluations: Rows of one checkpoint, as for `plot_tradeoff`.
+
+    Raises:
+        InputError: There are no such rows.
+    """
+    with paper_style():
+        figure = PaperFigure(PAGE_WIDTH, 2.6)
+        left, right = figure.subplots(1, 2, sharey=True)
+        plot_tradeoff(evaluations, against="speed", ax=left)
+        plot_tradeoff(evaluations, against="memory", ax=right)
+        right.set_ylabel("")
+        if (legend := right.get_legend()) is not None:
+            legend.remove()
+        rows = tradeoff_values(evaluations, LOSS.name, None)
+        figure.suptitle(_titled(rows, "what dropping gains and costs"))
+        return figure
+
+
+def curve_values(evaluations: pl.DataFrame, metric: str = "loss", dataset: str | None = None) -> pl.DataFrame:
+    """The rows that `plot_quality` and `plot_joint` show: one metric of one checkpoint on one text or task.
+
+    Raises:
+        InputError: There are no such rows, or they are of several checkpoints.
+    """
+    curves = evaluations.filter(pl.col("purpose") == "curve")
+    of_plans = evaluations.filter(pl.col("purpose") == "model")
+    rows = curves if metric in curves["metric"].to_list() else of_plans
+    rows = _on_one(rows, metric, dataset).filter(pl.col("component").is_null() | pl.col("component").is_in(KINDS))
+    if rows["n_dropped"].max() in (0, None):
+        raise InputError(
+            f"No {metric} was measured with parts dropped. Measure it: trace eval … --curve attn,mlp,block,joint."
+        )
+    return rows.select(
+        "model", "revision", "commit", "step", "tokens", "dataset", "component", "order", "order_seed", "n_dropped",
+        "last_component", "last_layer", "metric", "value", "stderr",
+    ).unique(subset=["component", "order", "order_seed", "n_dropped"], maintain_order=True)  # fmt: skip
+
+
+def joint_values(evaluations: pl.DataFrame, metric: str = "loss", dataset: str | None = None) -> pl.DataFrame:
+    """The rows that `plot_joint` shows: those of `curve_values` by importance, joint drops among them.
+
+    Raises:
+        InputError: There are no such rows, or they are of several checkpoints.
+    """
+    rows = curve_values(evaluations, metric, dataset)
+    rows = rows.filter((pl.col("order") == "importance") | (pl.col("n_dropped") == 0))
+    if "joint" not in rows["component"].to_list():
+        raise InputError(
+            f"No {metric} was measured under joint drops. Measure it: trace eval … --curve joint,attn,mlp."
+        )
+    return rows
+
+
+def tradeoff_values(evaluations: pl.DataFrame, metric: str = "loss", dataset: str | None = None) -> pl.DataFrame:
+    """One row a plan: `quality`, `speedup`, `bytes` (weights and KV cache) and `memory_share`; the whole model first.
+
+    Raises:
+        InputError: There are no such rows, or they are of several checkpoints.
+    """
+    rows = evaluations.filter(pl.col("purpose") == "model")
+    quality = _on_one(rows, metric, dataset)
+    keys = ["plan_sha256"]
+    table = quality.select(
+        "model", "revision", "commit", "step", "tokens", "dataset", "plan", "component", "order", "n_dropped",
+        "plan_sha256", quality="value", quality_stderr="stderr",
+    ).unique(subset=keys, maintain_order=True)  # fmt: skip
+    for metric_name, column in (
+        ("decode_speedup", "speedup"),
+        ("decode_speedup_bound", "speedup_bound"),
+        ("weight_bytes", "weight_bytes"),
+        ("kv_cache_bytes", "kv_cache_bytes"),
+    ):
+        one = rows.filter(pl.col("metric") == metric_name).unique(subset=keys, keep="last", maintain_order=True)
+        table = table.join(
+            one.select("plan_sha256", pl.col("value").alias(column)), on=keys, how="left", nulls_equal=True,
+            maintain_order="left",
+        )  # fmt: skip
+    table = table.with_columns(
+        speedup=pl.when(pl.col("n_dropped") == 0).then(1.0).otherwise("speedup"),
+        bytes=pl.col("weight_bytes") + pl.col("kv_cache_bytes"),
+    )
+    table = table.filter(pl.col("bytes").is_not_null() & pl.col("speedup").is_not_null()).sort("n_dropped")
+    if table.filter(pl.col("n_dropped") > 0).is_empty():
+        raise InputError("No plan was measured for both loss and speed. Measure some: trace eval … --plan PLAN.json.")
+    whole = table.filter(pl.col("n_dropped") == 0)["bytes"]
+    return table.with_columns(memory_share=pl.col("bytes") / whole[0])
+
+
+def along_values(evaluations: pl.DataFrame) -> pl.DataFrame:
+    """The losses of `trace eval --along`, as what a drop adds to the loss of the whole model.
+
+    Returns:
+        One row a checkpoint and plan: the checkpoint whose plan it is, `position_order` (its place in training), what
+        was dropped, `applied` (`own`: to that checkpoint; `last`: to the last one), `value`, and `added` = value less
+        the loss of the same model without the drop.
+
+    Raises:
+        InputError: There are no such rows.
+    """
+    rows = evaluations.filter((pl.col("purpose") == "along") & (pl.col("metric") == LOSS.name))
+    if rows.is_empty():
+        raise InputError("No loss was measured along training. Measure it: trace eval --along RUN.")
+    rows = rows.filter(pl.col("dataset") == rows["dataset"][0])
+    whole = rows.filter(pl.col("plan").is_null()).unique(subset=["revision"], maintain_order=True)
+    places = whole.select("revision", "commit", "stage", "ingredient", "seed", "step", "tokens", baseline="value")
+    places = places.with_row_index("position_order")
+    planned = rows.filter(pl.col("plan").is_not_null()).select(
+        "model", "dataset", "plan", "component", "n_dropped", "order", "order_seed", "plan_revision", "value", "stderr",
+        measured="revision",
+    )  # fmt: skip
+    baseline = places.select(measured="revision", baseline="baseline")
+    table = planned.join(baseline, on="measured").join(
+        places.drop("baseline"), left_on="plan_revision", right_on="revision"
+    )
+    own = pl.when(pl.col("plan_revision") == pl.col("measured")).then(pl.lit("own")).otherwise(pl.lit("last"))
+    table = table.with_columns(applied=own, added=pl.col("value") - pl.col("baseline"))
+    # The last checkpoint's own plan is where the line of plans applied to it ends.
+    last = table.filter((pl.col("applied") == "own") & (pl.col("order") == "importance"))
+    last = last.filter(pl.col("position_order") == len(places) - 1).with_columns(applied=pl.lit("last"))
+    table = pl.concat([table, last]).rename({"plan_revision": "revision"})
+    kinds = {kind: place for place, kind in enumerate(KINDS)}
+    return table.sort(
+        pl.col("component").replace_strict(kinds, default=len(kinds)), "n_dropped", "position_order", "order",
+        "order_seed", maintain_order=True,
+    )  # fmt: skip
+
+
+def drop_label(drop: str) -> str:
+    """`attn=25%` as a title.
+
+    Example:
+        >>> drop_label("attn=25%")
+        'Attention 25%'
+    """
+    kind, _, amount = drop.partition("=")
+    return f"{_LABELS.get(kind, kind)} {amount}".strip()
+
+
+def _on_one(rows: pl.DataFrame, metric: str, dataset: str | None) -> pl.DataFrame:
+    """The rows of one metric on one text or task, of one checkpoint."""
+    found = rows.filter(pl.col("metric") == metric)
+    if found.is_empty():
+        known = ", ".join(rows["metric"].unique(maintain_order=True).to_list()) or "none"
+        raise InputError(f"No {metric} was measured for this; there is {known}.")
+    wanted = found["dataset"][0] if dataset is None else dataset
+    one = found.filter(pl.col("dataset") == wanted)
+    if one.is_empty():
+        known = ", ".join(found["dataset"].unique(maintain_order=True).to_list())
+        raise InputError(f"No {metric} was measured on {wanted!r}; there is {known}.")
+    places = one.select("revision", "commit").unique(maintain_order=True)
+    if len(places) > 1:
+        raise InputError(
+            f"These rows are of {len(places)} checkpoints, {places['revision'][0]} to {places['revision'][-1]}. Take "
+            "one: rows.filter(polars.col('revision') == …)."
+        )
+    return one
+
+
+def _whole(rows: pl.DataFrame) -> float:
+    """The value of the whole model."""
+    return float(rows.filter(pl.col("n_dropped") == 0)["value"][0])
+
+
+def _draw_orders(ax: Axes, rows: pl.DataFrame, whole: float, colour: str) -> None:
+    """By importance, the reach of random orders, deepest first."""
+    random = rows.filter(pl.col("order") == "random").group_by("n_dropped")
+    spread = random.agg(low=pl.col("value").min(), mean=pl.col("value").mean(), high=pl.col("value").max())
+    if not spread.is_empty():
+        spread = spread.sort("n_dropped")
+        x = np.concatenate(([0], spread["n_dropped"].to_numpy()))
+        low, mean, high = (np.concatenate(([whole], spread[name].to_numpy())) for name in ("low", "mean", "high"))
+        ax.fill_between(x, low, high, color=_GREY, alpha=0.25, linewidth=0)
+        ax.plot(x, mean, color=_GREY, linewidth=0.8)
+    deepest, best = (rows.filter(pl.col("order") == order) for order in ("deepest", "importance"))
+    if not deepest.is_empty():
+        ax.plot(*_curve(deepest, whole), color=colour, linestyle=":", linewidth=0.9)
+    if not best.is_empty():
+        x, y = _curve(best, whole)
+        ax.plot(x, y, color=colour, linewidth=1.1, marker="o" if x.size <= 33 else "", markersize=2.2)
+
+
+def _curve(rows: pl.DataFrame, whole: float) -> Curve:
+    rows = rows.sort("n_dropped")
+    return np.concatenate(([0], rows["n_dropped"].to_numpy())), np.concatenate(([whole], rows["value"].to_numpy()))
+
+
+def _dress_dropped(ax: Axes, rows: pl.DataFrame, metric: str) -> None:
+    most = float(rows["n_dropped"].to_numpy().max())
+    ax.set_xlim(-0.02 * most, 1.03 * most)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+    ax.set_xlabel("number dropped")
+    ax.set_ylabel(_metric_label(metric))
+
+
+def _metric_label(metric: str) -> str:
+    return EVALUATION_METRICS[metric].label if metric in EVALUATION_METRICS else metric
+
+
+def _order_handles(colour: str, orders: list[str | None]) -> list[Line2D]:
+    handles = [Line2D([], [], color=colour, linewidth=1.1, marker="o", markersize=2.5, label="by importance")]
+    return handles + _baseline_handles(colour, orders)
+
+
+def _along_handles(colour: str, rows: pl.DataFrame) -> list[Line2D]:
+    handles = [Line2D([], [], color=colour, linewidth=1.1, marker="o", markersize=2.5, label="own plan, by importance")]
+    if "last" in rows["applied"].to_list():
+        label = "this plan on the last checkpoint"
+        handles.append(Line2D([], [], color=colour, linestyle=(0, (4, 2)), linewidth=0.9, label=label))
+    return handles + _baseline_handles(colour, rows["order"].to_list())
+
+
+def _baseline_handles(colour: str, orders: list[str | None]) -> list[Line2D]:
+    handles = []
+    if "deepest" in orders:
+        handles.append(Line2D([], [], color=colour, linestyle=":", linewidth=0.9, label="deepest first"))
+    if "random" in orders:
+        handles.append(Line2D([], [], color=_GREY, linewidth=0.8, label="random: mean (band: all seeds)"))
+    return handles
+
+
+def _along_line(ax: Axes, scale: TrainingScale, rows: pl.DataFrame, **style: object) -> None:
+    rows = rows.sort("position_order")
+    ax.plot(scale.values[rows["position_order"].to_numpy()], rows["added"].to_numpy(), **style)  # type: ignore[arg-type]
+
+
+def _scale(rows: pl.DataFrame) -> TrainingScale:
+    """The training axis of the checkpoints whose plans they are."""
+    places = rows.select(
+        "revision", "commit", "stage", "ingredient", "seed", "step", "tokens", "position_order",
+        layer=pl.lit(None, pl.Int64), component=pl.lit("model"), metric=pl.lit(LOSS.name), value=pl.lit(0.0),
+    )  # fmt: skip
+    return training_scale(training_axis(places.unique(subset=["revision"], maintain_order=True).sort("position_order")))
+
+
+def _legend(ax: Axes, handles: list[Line2D], given: Axes | None) -> None:
+    """Explain the lines: below a figure of our own, else where axes of the caller's have room."""
+    figure = ax.get_figure(root=True)
+    if given is None and figure is not None:
+        columns = 2 if len(handles) == 4 else 3
+        figure.legend(handles=handles, fontsize=6.5, frameon=False, loc="outside lower center", ncols=columns)
+    else:
+        ax.legend(handles=handles, fontsize=6.5, frameon=False, loc="best", handlelength=2.2)
+
+
+def _titled(rows: pl.DataFrame, text: str) -> str:
+    first = rows.row(0, named=True)
+    at = "" if first["revision"] == first["model"] else f" at {plain(first['revision'])}"
+    return title(rows, f"{text}{at}, on {plain(first['dataset'])}")

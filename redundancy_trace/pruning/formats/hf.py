@@ -1,0 +1,75 @@
+"""`hf`: a folder with a small file of code of its own; dropped parts are absent, not computed and not cached.
+
+The class in it is the stock class, built as ever, whose dropped parts are then replaced by stand-ins without weights.
+"""
+
+from copy import deepcopy
+from importlib.resources import files
+from pathlib import Path
+
+from redundancy_trace.errors import InputError
+from redundancy_trace.pruning.formats.folders import OnBytes, write_config, write_tensors
+from redundancy_trace.pruning.plans import DropPlan
+from redundancy_trace.pruning.proving import prove_in_transformers
+from redundancy_trace.pruning.sources import Source, StoredTensor
+
+MODULE = "modeling_pruned"
+_CODE = '''
+
+class {pruned}({stock}):
+    """{stock} without the parts that `skipped_parts` in its config.json names."""
+
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        skipped = config.skipped_parts
+        skip_(self.get_submodule(skipped["layers"]), skipped["parts"])
+'''
+
+# How an export is proven.
+prove = prove_in_transformers
+
+
+def check(source: Source, plan: DropPlan) -> None:
+    """Refuse a model that has code of its own.
+
+    Raises:
+        InputError: It has.
+        CheckpointError: What is dropped cannot be proven.
+    """
+    if source.has_own_code:
+        raise InputError(
+            f"{source.class_name} is code of the checkpoint's own, and --format hf builds on a class of transformers. "
+            "Use --format zeroed."
+        )
+    source.parts(plan)
+
+
+def write(source: Source, plan: DropPlan, folder: Path, shard_bytes: int, on_bytes: OnBytes) -> None:
+    """Write config, code, and the tensors of what is left."""
+    parts = source.parts(plan)
+    gone = {layer: {child for child, *_ in skipped} for layer, skipped in parts.items()}
+
+    def name_of(tensor: StoredTensor) -> str | None:
+        if tensor.layer in gone and str(tensor.inside).split(".")[0] in gone[tensor.layer]:
+            return None
+        # transformers renames nothing on the way into a class that is not its own.
+        return tensor.name if tensor.converted else tensor.parameter
+
+    pruned = f"Pruned{source.class_name}"
+    config = deepcopy(source.config)
+    config.auto_map = {"AutoModelForCausalLM": f"{MODULE}.{pruned}"}
+    config.skipped_parts = {
+        "layers": source.layers_name,
+        "parts": {str(layer): [list(part) for part in skipped] for layer, skipped in parts.items()},
+    }
+    write_config(source, config, folder, architecture=pruned)
+    (folder / f"{MODULE}.py").write_text(_code(source.class_name, pruned), encoding="utf-8")
+    write_tensors(source, name_of, folder, shard_bytes, on_bytes)
+
+
+def _code(stock: str, pruned: str) -> str:
+    skipping = files("redundancy_trace.blocks").joinpath("skipping.py").read_text(encoding="utf-8")
+    last_import = "from torch import nn\n"
+    assert last_import in skipping
+    head = skipping.replace(last_import, f"{last_import}from transformers import {stock}\n", 1)
+    return head.rstrip("\n") + "\n" + _CODE.format(stock=stock, pruned=pruned)

@@ -1,0 +1,166 @@
+"""The proof of an export: loaded back in a fresh process, it computes what the drop in place does."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from redundancy_trace.errors import CheckpointError
+from redundancy_trace.pruning import reload
+
+PROBE_SEQUENCES = 2
+PROBE_TOKENS = 64
+PROMPT_TOKENS = 16
+NEW_TOKENS = 32
+TOLERANCE = 1e-5  # of the largest logit; both sides do the same arithmetic
+_SEED = 20240622
+# Of the free memory, so much may be taken by a copy in float32.
+_SHARE_OF_MEMORY = 0.5
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the drop in place computes, and on what.
+
+    Attributes:
+        ids: Token ids, shape (N, T).
+        prompt: Where greedy decoding starts, shape (1, P).
+        logits: Shape (N, T, V), float32.
+        tokens: Greedily decoded with a cache, shape (new,).
+        dtype: What it was computed in.
+        n_parameters: Of the pruned model.
+        cache_bytes: Bytes of keys and values of one token, in that dtype.
+    """
+
+    ids: np.ndarray
+    prompt: np.ndarray
+    logits: np.ndarray
+    tokens: np.ndarray
+    dtype: str
+    n_parameters: int
+    cache_bytes: float
+
+
+@dataclass(frozen=True)
+class Proof:
+    """How far an export, loaded back, is from the drop in place.
+
+    Attributes:
+        engine: What loaded it.
+        what: What is compared.
+        error: Largest difference.
+        tolerance: What is allowed.
+        equal_tokens: Greedily decoded tokens that are the same, from the first on; None where nothing was decoded.
+        n_tokens: How many were decoded.
+        note: What else is to be known.
+        parted_at_a_tie: Whether the first other token was as likely, within the tolerance.
+    """
+
+    engine: str
+    what: str
+    error: float
+    tolerance: float
+    equal_tokens: int | None
+    n_tokens: int
+    note: str = ""
+    parted_at_a_tie: bool = False
+
+    @property
+    def holds(self) -> bool:
+        """Whether the export is what it should be."""
+        decoded = self.equal_tokens in (None, self.n_tokens) or self.parted_at_a_tie
+        return self.error <= self.tolerance and decoded
+
+    def told(self) -> str:
+        """The figures in a line."""
+        decoded = "" if self.equal_tokens is None else f"; {self.equal_tokens} of {self.n_tokens} decoded tokens equal"
+        decoded += ", then a tie" if self.parted_at_a_tie else ""
+        note = f"; {self.note}" if self.note else ""
+        return (
+            f"{self.engine}, fresh process: {self.what} {self.error:.1e} (allowed {self.tolerance:.0e}){decoded}{note}"
+        )
+
+
+def proof_dtype(n_parameters: int, stored: torch.dtype) -> torch.dtype:
+    """float32 where a copy in it fits the memory easily, else the dtype of the files, which are mapped into memory."""
+    import psutil
+
+    return torch.float32 if 4 * n_parameters < _SHARE_OF_MEMORY * psutil.virtual_memory().available else stored
+
+
+def probe(vocabulary: int, positions: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids to compare on, shape (N, T), and a prompt, shape (1, P), that fit a model."""
+    room = positions or PROBE_TOKENS
+    length = max(2, min(PROBE_TOKENS, room))
+    draw = np.random.default_rng(_SEED)
+    ids = draw.integers(0, vocabulary, (PROBE_SEQUENCES, length))
+    return ids, ids[:1, : max(1, min(PROMPT_TOKENS, room - NEW_TOKENS))]
+
+
+def reference_of(model: Any, ids: np.ndarray, prompt: np.ndarray) -> Reference:
+    """What a model in memory computes on a probe."""
+    found = reload.computed(model, ids, prompt, NEW_TOKENS)
+    return Reference(
+        ids=ids,
+        prompt=prompt,
+        logits=found["logits"],
+        tokens=found["tokens"],
+        dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+        n_parameters=int(found["n_parameters"]),
+        cache_bytes=float(found["cache_bytes"]),
+    )
+
+
+def prove_in_transformers(folder: Path, reference: Reference) -> Proof:
+    """Load a folder with plain transformers in a fresh process, without this package, and compare.
+
+    Raises:
+        CheckpointError: It does not load.
+    """
+    answer = ask_fresh_process(Path(reload.__file__), folder, reference, reference.dtype)
+    return compared("transformers", answer, reference, TOLERANCE)
+
+
+def compared(
+    engine: str, answer: dict[str, np.ndarray], reference: Reference, tolerance: float, note: str = ""
+) -> Proof:
+    """The proof from what another process computed."""
+    largest = float(np.abs(reference.logits).max())
+    error = float(np.abs(answer["logits"] - reference.logits).max()) / largest
+    # What is not a number is not equal.
+    error = error if np.isfinite(error) else float("inf")
+    same = answer["tokens"] == reference.tokens
+    equal = len(same) if same.all() else int(np.argmin(same))
+    return Proof(engine, "largest difference of logits, relative,", error, tolerance, equal, len(same), note)
+
+
+def ask_fresh_process(script: Path, folder: Path, reference: Reference, *arguments: str) -> dict[str, np.ndarray]:
+    """Run a script that stands alone on a folder and the reference's probe; what it wrote.
+
+    Raises:
+        CheckpointError: It fails; the last line that it says is told.
+    """
+    with tempfile.TemporaryDirectory(prefix="redundancy-trace-") as work:
+        request, answer = Path(work) / "request.npz", Path(work) / "answer.npz"
+        np.savez(request, ids=reference.ids, prompt=reference.prompt, new_tokens=len(reference.tokens))
+        done = subprocess.run(
+            # Without the script's own folder on the path: nothing of this package may help.
+            [sys.executable, "-P", str(script), str(folder.absolute()), str(request), str(answer), *arguments],
+            env={**os.environ, "HF_MODULES_CACHE": work, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
+            cwd=work,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode or not answer.is_file():
+            said = [line for line in done.stderr.splitlines() if line.strip()]
+            reason = said[-1] if said else f"exit code {done.returncode}"
+            raise CheckpointError(f"What was written does not load in a fresh process: {reason}")
+        with np.load(answer) as held:
+            return dict(held)

@@ -1,0 +1,420 @@
+"""`trace eval` of one checkpoint: opened, measured part by part, each part stored as soon as it is there."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from redundancy_trace.checkpoints import is_local
+from redundancy_trace.errors import InputError
+from redundancy_trace.progress import Reporter
+from redundancy_trace.settings import EvaluationSettings, listed
+from redundancy_trace.store import (
+    Evaluated,
+    Labels,
+    evaluation_file,
+    evaluations_frame,
+    finished_evaluations,
+    read_evaluations,
+    write_evaluations,
+)
+
+if TYPE_CHECKING:
+    import polars as pl
+
+    from redundancy_trace.evaluation import Load, Windows
+    from redundancy_trace.loading import OpenCheckpoint
+    from redundancy_trace.pruning import DropPlan
+    from redundancy_trace.store import Purpose
+
+DEFAULT_SAMPLES = 64
+DEFAULT_LENGTH = 512
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """What an evaluation did.
+
+    Attributes:
+        place: Where its rows are.
+        rows: Its rows, whether measured now or before.
+        measured: Parts, or checkpoints, measured now.
+        kept: Those that were stored before.
+        failures: Names of checkpoints that could not be measured, with the reason.
+        figures: The files that were drawn.
+    """
+
+    place: Path
+    rows: "pl.DataFrame"
+    measured: int
+    kept: int
+    failures: dict[str, str]
+    figures: tuple[Path, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One part of an evaluation: what its rows depend on, and how they are measured."""
+
+    name: str
+    purpose: "Purpose"
+    facts: dict[str, Any]
+    measure: Callable[[], list[Evaluated]]
+    repeats: bool = True  # a stored number would come out again
+
+
+class _Subject:
+    """What is measured; text and speed settings follow from the model and the user's settings."""
+
+    def __init__(self, settings: EvaluationSettings, labels: Labels) -> None:
+        self.settings = settings
+        self.labels = labels
+
+    @property
+    def model(self) -> Any:
+        """The model in memory."""
+        raise NotImplementedError
+
+    @property
+    def tokenizer(self) -> Any:
+        """Its tokenizer."""
+        raise NotImplementedError
+
+    @property
+    def windows(self) -> "Windows":
+        """The text."""
+        raise NotImplementedError
+
+    @property
+    def positions(self) -> int | None:
+        """The longest sequence that the model takes; None where it has no limit."""
+        found = getattr(self.model.config, "max_position_embeddings", None)
+        return found if isinstance(found, int) and found > 0 else None
+
+    @property
+    def load(self) -> "Load":
+        """What is generated while time and memory are measured."""
+        from redundancy_trace.evaluation import Load
+
+        room = (self.positions or 2 * DEFAULT_LENGTH) - self.settings.new_tokens
+        prompt = self.settings.prompt_tokens or max(1, min(DEFAULT_LENGTH, room))
+        return Load(self.settings.speed_batch, prompt, self.settings.new_tokens, self.settings.rounds)
+
+
+class _OnDisk(_Subject):
+    """A checkpoint; model, tokenizer and text are loaded when they are asked for."""
+
+    def __init__(self, settings: EvaluationSettings, checkpoint: "OpenCheckpoint", reporter: Reporter) -> None:
+        super().__init__(settings, _labels(checkpoint))
+        self._checkpoint = checkpoint
+        self._reporter = reporter
+
+    @cached_property
+    def model(self) -> Any:
+        from redundancy_trace.engine import choose_device, choose_dtype
+        from redundancy_trace.pruning.formats.hf import MODULE
+        from redundancy_trace.weights import load_whole_model
+
+        folder = self._checkpoint.folder
+        if not self.settings.trust_remote_code and (folder / f"{MODULE}.py").is_file():
+            raise InputError(
+                f"{folder} is what trace prune --format hf wrote: a short file of code comes with it. Add "
+                "--trust-remote-code to run it."
+            )
+        device = choose_device(self.settings.device)
+        self._reporter.line(f"Loading {self._checkpoint.revision} …")
+        return load_whole_model(
+            folder,
+            device=device,
+            dtype=choose_dtype(self.settings.dtype, device),
+            trust_remote_code=self.settings.trust_remote_code,
+        )
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return self._checkpoint.tokenizer(self.settings.tokenizer)
+
+    @cached_property
+    def windows(self) -> "Windows":
+        from redundancy_trace.calibration import check_length, load_stream
+        from redundancy_trace.evaluation import cut_windows, tokens_needed
+
+        settings, checkpoint = self.settings, self._checkpoint
+        local = is_local(settings.model or "") or settings.offline
+        name = settings.text or ("pydoc" if local else "c4")
+        samples = DEFAULT_SAMPLES if settings.samples is None else settings.samples
+        length = settings.sequence_length
+        stored = name.startswith("tokens:")
+        if length is None and not stored:
+            length = min(DEFAULT_LENGTH, self.positions or DEFAULT_LENGTH)
+        most = (
+            None if length is None else tokens_needed(samples=samples, sequence_length=length, stride=settings.stride)
+        )
+        with text_errors():
+            stream = load_stream(
+                name,
+                at_most=most,
+                tokenizer=settings.tokenizer,
+                candidates=checkpoint.tokenizers,
+                hub=checkpoint.hub,
+                trust_remote_code=settings.trust_remote_code,
+            )
+            if stored and settings.samples is None:
+                samples = 0  # all that the user gives
+            windows = cut_windows(stream, samples=samples, sequence_length=length, stride=settings.stride)
+            check_length(windows.ids.shape[1], self.positions)
+        return windows
+
+
+class _InMemory(_Subject):
+    """A model that the caller has in memory."""
+
+    def __init__(self, settings: EvaluationSettings, model: Any, token_ids: Any, tokenizer: Any) -> None:
+        name = type(model).__name__
+        super().__init__(settings, Labels(model=name, revision=name))
+        self._model, self._token_ids, self._tokenizer = model, token_ids, tokenizer
+
+    @property
+    def model(self) -> Any:
+        return self._model
+
+    @property
+    def tokenizer(self) -> Any:
+        if self._tokenizer is None:
+            raise InputError("Tasks of a model in memory need its tokenizer: evaluate(model, tokenizer=…, tasks=…).")
+        return self._tokenizer
+
+    @property
+    def windows(self) -> "Windows":
+        import numpy as np
+
+        from redundancy_trace.evaluation import counted_sequences
+
+        if self._token_ids is None:
+            raise InputError(
+                "The loss of a model in memory needs text: evaluate(model, token_ids=…), integers of shape (W, T)."
+            )
+        ids = self._token_ids
+        return counted_sequences(np.asarray(ids.cpu() if hasattr(ids, "cpu") else ids))
+
+
+def run_evaluation(
+    settings: EvaluationSettings, reporter: Reporter, plan: "DropPlan | None" = None
+) -> EvaluationResult:
+    """Measure one checkpoint, whole and under a plan, or for every number dropped.
+
+    Losses and tasks that are stored already are not measured again; times are.
+
+    Args:
+        settings: What to measure of which checkpoint; not `along`.
+        reporter: Told how it goes.
+        plan: In place of `settings.plan`.
+
+    Raises:
+        InputError: If the input cannot be used.
+        CheckpointError: If the checkpoint cannot be had, or not be measured.
+    """
+    import polars as pl
+
+    from redundancy_trace.loading import open_checkpoint
+    from redundancy_trace.pruning.planning import check_model
+
+    assert settings.model is not None  # held by the settings
+    plan = plan or _plan_in(settings)
+    tasks = _task_set(settings)
+    kept = measured = 0
+    identities = []
+    with open_checkpoint(
+        settings.model,
+        settings.revision,
+        trust_remote_code=settings.trust_remote_code,
+        endpoint=settings.endpoint,
+        offline=settings.offline,
+    ) as checkpoint:
+        if plan is not None:
+            check_model(plan.model, plan.commit, checkpoint, "plan")
+        subject = _OnDisk(settings, checkpoint, reporter)
+        place = _place(settings, checkpoint)
+        stored = finished_evaluations(place)
+        for part in _parts(subject, plan, tasks, reporter):
+            identity = _identity(subject, plan, part)
+            identities.append(identity)
+            if part.repeats and identity in stored:
+                kept += 1
+                reporter.line(f"{part.name}: in {place} already.")
+                continue
+            labels = replace(subject.labels, identity=identity)
+            rows = evaluations_frame(labels, part.purpose, part.measure())
+            write_evaluations(evaluation_file(place, labels), rows)
+            measured += 1
+            reporter.line(f"{part.name}: measured.")
+    rows = read_evaluations(place).filter(pl.col("identity").is_in(identities))
+    return EvaluationResult(place, rows, measured, kept, {})
+
+
+def evaluate_in_memory(
+    settings: EvaluationSettings,
+    reporter: Reporter,
+    model: Any,
+    plan: "DropPlan | None",
+    token_ids: Any,
+    tokenizer: Any,
+) -> "pl.DataFrame":
+    """The rows of a model in memory, which is as before afterwards; nothing is stored.
+
+    Raises:
+        InputError: If the input cannot be used.
+        CheckpointError: If the model cannot be measured.
+    """
+    import polars as pl
+
+    plan = plan or _plan_in(settings)
+    subject = _InMemory(settings, model, token_ids, tokenizer)
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        parts = _parts(subject, plan, _task_set(settings), reporter)
+        return pl.concat([evaluations_frame(subject.labels, part.purpose, part.measure()) for part in parts])
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+def _plan_in(settings: EvaluationSettings) -> "DropPlan | None":
+    from redundancy_trace.pruning import read_plan
+
+    return None if settings.plan is None else read_plan(settings.plan)
+
+
+@contextmanager
+def text_errors() -> Iterator[None]:
+    """What is wrong with a text, told in the words of an evaluation."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(
+            str(error).replace("--calibration", "--text").replace("The calibration", "The text")
+        ) from error
+
+
+def identity_of_facts(facts: dict[str, Any]) -> str:
+    """SHA-256 over all that rows depend on."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def windows_facts(windows: "Windows") -> dict[str, Any]:
+    """What a loss depends on of its text."""
+    return {"tokens": windows.sha256, "counted": windows.first.tolist(), "bytes": windows.n_bytes is not None}
+
+
+def _parts(subject: _Subject, plan: "DropPlan | None", tasks: Any, reporter: Reporter) -> Iterator[_Part]:
+    """What is asked for, in order; nothing is loaded before a part is reached."""
+    from redundancy_trace.evaluation import curve_rows, loss_rows, speed_rows, task_rows
+    from redundancy_trace.evaluation.dropping import plan_hash
+
+    settings = subject.settings
+    plans = [None] if plan is None else [None, plan]
+    size = settings.batch_size
+    if settings.curve:
+        along = _curve_plans(subject)
+        facts = {**windows_facts(subject.windows), "plans": [plan_hash(one) for one in along]}
+        name = "loss for every number dropped"
+
+        def curve() -> list[Evaluated]:
+            reporter.scoring(name)
+            tell = partial(reporter.step, name)
+            return curve_rows(subject.model, subject.windows, along, batch_size=size, on_loss=tell)
+
+        yield _Part(name, "curve", facts, curve)
+        return
+    if "loss" in listed(settings.measure):
+
+        def loss() -> list[Evaluated]:
+            return loss_rows(subject.model, subject.windows, plans, batch_size=size)
+
+        yield _Part("loss", "model", windows_facts(subject.windows), loss)
+    if "speed" in listed(settings.measure):
+        load = subject.load
+
+        def speed() -> list[Evaluated]:
+            return speed_rows(subject.model, load, plans)
+
+        facts = {"load": vars(load), "device": settings.device}
+        yield _Part("speed and memory", "model", facts, speed, repeats=False)
+    if tasks is not None:
+
+        def asked() -> list[Evaluated]:
+            return task_rows(subject.model, subject.tokenizer, tasks, plans, batch_size=size)
+
+        facts = {"tasks": tasks.names, "limit": tasks.limit, "shots": tasks.shots, "folder": str(tasks.folder or "")}
+        yield _Part(", ".join(tasks.names), "model", facts, asked)
+
+
+def _curve_plans(subject: _Subject) -> "Sequence[DropPlan]":
+    """Plans from the scores of a run, else from scores that are made now on the same text."""
+    from redundancy_trace.engine import choose_batch_size, score_module
+    from redundancy_trace.evaluation import curve_plans
+    from redundancy_trace.store import read_scores, scores_frame
+
+    settings = subject.settings
+    orders, components = listed(settings.orders), listed(settings.curve)
+    if settings.scores is not None:
+        return curve_plans(read_scores(settings.scores), subject.labels.revision, components, orders)
+    ids = subject.windows.ids
+    size = choose_batch_size(settings.batch_size, ids.shape[1], len(ids))
+    scores = score_module(subject.model, ids, batch_size=size)
+    labels = replace(subject.labels, calibration=subject.windows.name)
+    return curve_plans(scores_frame(labels, scores.values), None, components, orders)
+
+
+def _task_set(settings: EvaluationSettings) -> Any:
+    """The tasks that are asked for, known to be there before anything is fetched; None without."""
+    if not settings.tasks:
+        return None
+    from redundancy_trace.evaluation.tasks import TaskSet, check_tasks
+
+    tasks = TaskSet(listed(settings.tasks), settings.task_folder, settings.limit, settings.shots)
+    check_tasks(tasks)
+    return tasks
+
+
+def _place(settings: EvaluationSettings, checkpoint: "OpenCheckpoint") -> Path:
+    from redundancy_trace.store import ONE_FILE
+
+    if settings.out is not None:
+        return settings.out.expanduser()
+    if is_local(settings.model or ""):
+        return checkpoint.folder / ONE_FILE
+    return Path("runs") / checkpoint.model.rsplit("/", 1)[-1]
+
+
+def _identity(subject: _Subject, plan: "DropPlan | None", part: _Part) -> str:
+    from redundancy_trace.evaluation.dropping import plan_hash
+    from redundancy_trace.metrics import EVALUATION_METRICS
+
+    return identity_of_facts(
+        {
+            "commit": subject.labels.commit,
+            "revision": subject.labels.revision,
+            "dtype": subject.settings.dtype,
+            "trust_remote_code": subject.settings.trust_remote_code,
+            "metrics": {name: metric.version for name, metric in EVALUATION_METRICS.items()},
+            "plan": None if plan is None else plan_hash(plan),
+            "part": part.name,
+            **part.facts,
+        }
+    )
+
+
+def _labels(checkpoint: "OpenCheckpoint") -> Labels:
+    placed = ("kind", "stage", "ingredient", "seed", "step", "tokens")
+    return Labels(
+        model=checkpoint.model,
+        revision=checkpoint.revision,
+        commit=checkpoint.commit,
+        **{name: getattr(checkpoint.listed, name) for name in placed},
+    )

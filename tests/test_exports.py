@@ -1,0 +1,192 @@
+"""Exports: loaded back, each computes what a hand-made skip does, and decodes what the drop in place decodes."""
+
+import json
+import shutil
+from importlib import import_module
+
+import pytest
+import torch
+from families import FAMILIES, token_ids
+from safetensors import safe_open
+from saved_models import built, folder, rewrite
+from skipping_by_hand import logits_without
+from transformers import AutoModelForCausalLM
+
+import redundancy_trace as rt
+from redundancy_trace import cli
+from redundancy_trace.blocks import find_layers
+from redundancy_trace.pruning import DroppedComponent, DropPlan
+from redundancy_trace.pruning.reload import greedy
+from redundancy_trace.pruning.sources import open_source
+
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:.*generation flags.*")]
+DROPS = {
+    "attn": (("attn", 0), ("attn", -1)),
+    "mlp": (("mlp", 0), ("mlp", -1)),
+    "block": (("block", 0), ("block", -1)),
+    "joint": (("attn", 0), ("mlp", 1), ("attn", -1)),
+}
+NEW_TOKENS = 32
+
+
+def plan_of(model, components):
+    n_layers = len(find_layers(model)[1])
+    found = tuple(DroppedComponent(name, layer % n_layers) for name, layer in components)
+    return DropPlan("tiny", None, None, None, None, ",".join(map(str, found)), "named", n_layers, found)
+
+
+def loaded(path):
+    """A folder as a user of plain transformers loads it; nothing may be missing or left over."""
+    model, info = AutoModelForCausalLM.from_pretrained(
+        path, trust_remote_code=True, local_files_only=True, output_loading_info=True
+    )
+    assert not any(info.values()), info
+    return model.eval()
+
+
+@pytest.fixture(autouse=True)
+def no_remains_of_remote_code(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_in_every_format(family, tmp_path):
+    model, source = built(family), open_source(folder(family))
+    ids, prompt = torch.from_numpy(token_ids(2)), torch.from_numpy(token_ids(1, 8))
+    for name, components in DROPS.items():
+        plan = plan_of(model, components)
+        expected = logits_without(model, ids, plan.by_layer())
+        with torch.no_grad(), rt.dropped(model, plan):
+            decoded = greedy(model, prompt, NEW_TOKENS)
+        for form in ("zeroed", "hf", "native")[: 3 if name == "block" else 2]:
+            written = import_module(f"redundancy_trace.pruning.formats.{form}")
+            target = tmp_path / f"{name}-{form}"
+            target.mkdir()
+            written.check(source, plan)
+            written.write(source, plan, target, 2**30, None)
+            again = loaded(target)
+            with torch.no_grad():
+                found = again(ids, use_cache=False).logits
+                assert float((found - expected).abs().max() / expected.abs().max()) < 1e-5, (name, form)
+                assert torch.equal(greedy(again, prompt, NEW_TOKENS), decoded), (name, form)
+            sizes = [sum(p.numel() for p in one.parameters()) for one in (again, model)]
+            assert (sizes[0] == sizes[1]) if form == "zeroed" else (sizes[0] < sizes[1])
+            shutil.rmtree(target)
+
+
+def pruned(tmp_path, *arguments, source=None):
+    out = tmp_path / "out"
+    code = cli.run(
+        [
+            "prune",
+            "--model",
+            str(source or folder("llama")),
+            "--out",
+            str(out),
+            "--quiet",
+            "--device",
+            "cpu",
+            *arguments,
+        ]
+    )
+    return code, out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("form", "drop"),
+    [
+        ("native", "block:1"),
+        ("zeroed", "attn:0,mlp:2"),
+        ("hf", "attn:0,mlp:2,block:1"),
+        ("nemotron-nas", "attn:1,mlp:2"),
+    ],
+)
+def test_trace_prune_proves_in_a_fresh_process(form, drop, tmp_path, capsys):
+    source = folder("llama")
+    if form == "nemotron-nas":  # no biases behind projections there
+        source = rewrite(
+            source,
+            tmp_path / "plain",
+            lambda state: {k: v for k, v in state.items() if not k.endswith("bias")},
+            attention_bias=False,
+            mlp_bias=False,
+        )
+    code, out = pruned(tmp_path, "--format", form, "--drop", drop, "--json", source=source)
+    told = json.loads(capsys.readouterr().out)
+    assert code == 0
+    assert told["proof"]["holds"]
+    assert told["proof"]["equal_tokens"] == NEW_TOKENS
+    assert told["proof"]["error"] < 1e-5
+    plan = rt.read_plan(out / "drop_plan.json")
+    assert [str(one) for one in plan.components] == drop.split(",")
+    card = (out / "README.md").read_text()
+    assert drop.split(",")[0] in card
+    assert told["commit"] in card
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name not in ("plain", "modules")) == ["out"]
+    # The plan alone does the same again, in another format.
+    if form == "zeroed":
+        with safe_open(out / "model.safetensors", "pt") as file:
+            assert not file.get_tensor("model.layers.0.self_attn.o_proj.weight").any()
+            assert not file.get_tensor("model.layers.2.mlp.down_proj.weight").any()
+            assert file.get_tensor("model.layers.1.mlp.down_proj.weight").any()
+    before, after = told["sizes"]["cache_bytes"]
+    dropped = sum(part.startswith(("attn", "block")) for part in drop.split(","))
+    if form == "hf":
+        assert after < before * (3 - dropped + 0.5) / 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--format", "native", "--drop", "attn:1"], "leaves out whole blocks"),
+        (["--format", "hff", "--drop", "attn:1"], "Did you mean hf"),
+        (["--format", "hf"], "Either --drop or --plan"),
+        (["--format", "hf", "--drop", "attn:7"], "layer"),
+        (["--format", "hf", "--drop", "block:0,block:1,block:2"], "block"),
+        (["--format", "hf", "--drop", "attention=1"], "attn"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_written(arguments, told, tmp_path, capsys):
+    code, out = pruned(tmp_path, *arguments)
+    said = capsys.readouterr().err
+    assert code == 2
+    assert told in said
+    assert "Traceback" not in said
+    assert not out.exists()
+
+
+def test_families_that_a_format_cannot_express_are_refused(tmp_path, capsys):
+    for form in ("nemotron-nas", "gguf"):
+        code, out = pruned(tmp_path, "--format", form, "--drop", "attn:1", source=folder("olmo2"))
+        assert code == 2
+        assert "--format" in capsys.readouterr().err
+        assert not out.exists()
+
+
+def test_out_may_be_relative(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = rt.prune(folder("llama"), out="out", format="native", drop="block:0")
+    assert result.proof.holds
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
+def test_a_folder_that_is_there_is_left_alone(tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").touch()
+    code, out = pruned(tmp_path, "--format", "hf", "--drop", "attn:1")
+    assert code == 2
+    assert "is there already" in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == ["mine"]
+
+
+def test_an_export_that_fails_its_proof_is_deleted(tmp_path, capsys, monkeypatch):
+    from redundancy_trace.pruning.formats import zeroed
+
+    monkeypatch.setattr(zeroed.Source, "zeros", lambda self, plan: frozenset())
+    code, out = pruned(tmp_path, "--format", "zeroed", "--drop", "attn:1")
+    assert code == 1
+    assert "does not compute what the drop in place does" in capsys.readouterr().err
+    assert not out.exists()
+    assert [path.name for path in tmp_path.iterdir() if path.name != "modules"] == []

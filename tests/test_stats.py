@@ -1,0 +1,299 @@
+import json
+import subprocess
+import sys
+
+import numpy as np
+import polars as pl
+import pytest
+import scipy.stats
+from fake_scores import fake_scores
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from made_scores import ranked, scores_of
+
+from redundancy_trace import cli
+from redundancy_trace.analysis import (
+    LeftOut,
+    checkpoint_statistics,
+    importance_trends,
+    metric_values,
+    training_stats,
+)
+from redundancy_trace.errors import InputError
+
+STEPS = [0, 1, 2, 4, 8, 16, 32]
+
+
+def checks_of(scores, **options):
+    return {check.name: check for check in training_stats(scores, **options).checks}
+
+
+def rising(size, n_layers=8, steps=STEPS, start=0.1):
+    """Importances of equal layers that grow by `size` per tenfold of steps."""
+    return [[start + size * np.log10(max(step, 1))] * n_layers for step in steps]
+
+
+# --- trends ---------------------------------------------------------------------------------------------------------
+
+
+@given(st.floats(-0.05, 0.05), st.floats(0.05, 0.4))
+def test_a_planted_drift_is_found_exactly(size, start):
+    trends = importance_trends(scores_of({"mlp": rising(size, start=start)}, STEPS))
+    assert trends["slope"].to_list() == pytest.approx([size] * 2, abs=1e-12)
+    assert trends["layers"].to_list() == ["all", "inner"]
+    assert set(trends["per"]) == {"step"}
+    assert trends["slope_low"].null_count() == 2, "nothing is made up where no standard error is known"
+
+
+@settings(max_examples=30)
+@given(st.integers(2, 9), st.integers(1, 7), st.integers(0, 2**32 - 1), st.booleans())
+def test_trends_are_least_squares_and_scipys_spearman(count, n_layers, seed, with_tokens):
+    rng = np.random.default_rng(seed)
+    steps = np.sort(rng.choice(10**6, count, replace=False)).tolist()
+    values = rng.uniform(0, 1, (count, n_layers)).round(2)
+    tokens = {"tokens": [step * 1000 for step in steps]} if with_tokens else {}
+    trends = importance_trends(scores_of({"block": values}, steps, **tokens))
+    parts = {"all": values, "inner": values[:, 1:-1]}
+    assert trends.height == 2
+    for row in trends.to_dicts():
+        part = parts[row["layers"]]
+        if part.shape[1] == 0:
+            assert row["first"] is row["slope"] is row["spearman"] is None
+            continue
+        mean = part.mean(1)
+        assert (row["first"], row["last"]) == pytest.approx((mean[0], mean[-1]))
+        x = np.array([step for step in steps if step > 0])
+        if x.size > 1:
+            line = scipy.stats.linregress(np.log10(x), mean[-x.size :])
+            assert row["slope"] == pytest.approx(line.slope, abs=1e-12)
+            assert row["per"] == ("tokens" if with_tokens else "step")
+        if np.ptp((1 - (1 - part)) @ np.ones(part.shape[1])) > 1e-9 and len(set(mean.round(9))) == count:
+            assert row["spearman"] == pytest.approx(scipy.stats.spearmanr(steps, mean)[0])
+
+
+def test_trends_have_intervals_that_hold_the_value_and_narrow_with_the_errors():
+    wide, narrow = (
+        importance_trends(scores_of({"mlp": rising(0.02)}, STEPS, errors=e)).row(0, named=True) for e in (0.02, 0.002)
+    )
+    for row in (wide, narrow):
+        assert row["slope_low"] < 0.02 < row["slope_high"]
+    assert 5 * (narrow["slope_high"] - narrow["slope_low"]) < wide["slope_high"] - wide["slope_low"]
+
+
+def test_names_without_numbers_have_an_order_but_no_slope():
+    scores = scores_of({"mlp": rising(0.1)}, [None] * 7, names=[f"r{k}" for k in "abcdefg"])
+    row = importance_trends(scores).row(0, named=True)
+    assert (row["slope"], row["per"]) == (None, None)
+    assert row["spearman"] > 0.9
+
+
+@settings(max_examples=30)
+@given(st.integers(1, 6), st.integers(1, 8), st.integers(0, 2**32 - 1), st.booleans())
+def test_statistics_of_checkpoints_are_plain_numpy(count, n_layers, seed, tied):
+    rng = np.random.default_rng(seed)
+    values = {name: rng.uniform(0.01, 1, (count, n_layers)) for name in ("attn", "mlp")}
+    if tied:
+        values = {name: np.ceil(4 * one) / 8 for name, one in values.items()}
+    scores = scores_of(values, list(range(count)), errors=0.01)
+    found = checkpoint_statistics(scores)
+    one = {
+        name: metric_values(scores, "importance", name)["value"].to_numpy().reshape(count, n_layers) for name in values
+    }
+    expected = {}
+    for name, part in one.items():
+        expected[name, "importance"] = part.mean(1)
+        if n_layers > 2:
+            middle = np.median(part[:, 1:-1], axis=1)
+            expected[name, "importance_inner"] = part[:, 1:-1].mean(1)
+            expected[name, "first_layer"], expected[name, "last_layer"] = part[:, 0] / middle, part[:, -1] / middle
+    expected["joint", "attn_below_mlp"] = (one["attn"] < one["mlp"]).mean(1)
+    first = []
+    for attn, mlp in zip(one["attn"], one["mlp"], strict=True):
+        order = np.argsort(np.concatenate([attn, mlp]), kind="stable")
+        first.append(int(np.flatnonzero(order >= n_layers)[0]))
+    expected["joint", "attn_first"] = first
+    there = set(found.select("component", "statistic").unique().rows())
+    assert there - set(expected) == {
+        (name, s) for name in values for s in ("spearman", "kendall", "weighted_tau", "overlap")
+    }
+    for (component, statistic), numbers in expected.items():
+        rows = found.filter(component=component, statistic=statistic)
+        assert rows["order"].to_list() == list(range(count))
+        np.testing.assert_allclose(rows["value"], numbers, rtol=1e-12)
+        assert (rows["low"] <= rows["high"]).all()
+
+
+def test_a_layer_over_a_median_of_nothing_is_unknown():
+    scores = scores_of({"attn": [[0.5, 0.0, 0.0, 0.25]] * 2}, [0, 1], errors=0.0)
+    ratios = checkpoint_statistics(scores).filter(pl.col("statistic").is_in(["first_layer", "last_layer"]))
+    assert ratios.height == ratios["value"].null_count() == 4
+    json.dumps(training_stats(scores).to_json(), allow_nan=False)
+
+
+# --- what others found ----------------------------------------------------------------------------------------------
+
+
+def planted(attn, mlp, *, block=None, errors=0.0001, steps=STEPS):
+    """A run whose layer 0 stands apart."""
+    parts = {"attn": np.array(attn), "mlp": np.array(mlp), "block": np.array(mlp if block is None else block)}
+    for values in parts.values():
+        values[:, 0] += 1.0
+    return scores_of(parts, steps, errors=errors)
+
+
+def test_a_run_as_the_paper_describes_it_is_confirmed():
+    order = np.linspace(0, 0.02, 8)
+    checks = checks_of(
+        planted(rising(0.001) + order, rising(0.1, start=0.2) + order, block=rising(0.1, start=0.3) + order)
+    )
+    assert {name: check.answer for name, check in checks.items()} == {
+        "attention-below-mlp": "yes",
+        "mlp-rises": "yes",
+        "block-rises": "yes",
+        "attention-moves-less": "yes",
+        "first-layer-apart": "yes",
+        "last-layer-jumps": "no",
+        "attn-from-the-start": "yes",
+        "mlp-from-the-start": "yes",
+        "block-from-the-start": "yes",
+        "attn-settles-early": "yes",
+        "mlp-settles-early": "yes",
+        "block-settles-early": "yes",
+        "attention-drops-free": "undecided",
+        "attention-first": "yes",
+        "calibration-matters-little": "undecided",
+    }
+    assert checks["attention-below-mlp"].figure.startswith("100% of the cells")
+    assert "7 of 8 at the last" in checks["attention-first"].figure
+
+
+def test_a_run_that_is_the_other_way_round_contradicts_it():
+    falls = np.array(rising(-0.02, start=0.3))
+    early, late = ranked([1, 2], 8), ranked([5, 6], 8)
+    orders = np.array([early] * 6 + [late]) / 100
+    attn, mlp = np.array(rising(0.2, start=0.5)) + orders, falls + orders
+    scores = scores_of({"attn": attn, "mlp": mlp, "block": mlp}, STEPS, errors=1e-6)
+    answers = {name: check.answer for name, check in checks_of(scores).items()}
+    undecided = {"attention-drops-free", "calibration-matters-little", "last-layer-jumps"}
+    assert {name for name, answer in answers.items() if answer == "no"} == set(answers) - undecided
+
+
+def test_what_the_errors_leave_open_is_undecided():
+    attn, mlp = rising(0.01), rising(0.01)
+    sure = checks_of(scores_of({"attn": attn, "mlp": np.array(mlp) + 0.01}, STEPS, errors=1e-4))
+    open_ = checks_of(scores_of({"attn": attn, "mlp": np.array(mlp) + 0.01}, STEPS, errors=0.05))
+    for name in ("attention-below-mlp", "mlp-rises"):
+        assert (sure[name].answer, open_[name].answer) == ("yes", "undecided")
+
+
+def test_few_checkpoints_make_no_trend_and_one_says_what_it_can():
+    few = checks_of(planted(rising(0.001, steps=STEPS[:4]), rising(0.1, steps=STEPS[:4], start=0.2), steps=STEPS[:4]))
+    for name in ("mlp-rises", "attention-moves-less", "attn-settles-early"):
+        assert few[name].answer == "undecided"
+    stats = training_stats(fake_scores([512], n_layers=6))
+    answers = {check.name: check.answer for check in stats.checks}
+    assert answers["attention-below-mlp"] == answers["first-layer-apart"] == "yes"
+    assert answers["mlp-rises"] == answers["attn-from-the-start"] == answers["attn-settles-early"] == "undecided"
+    content = json.loads(json.dumps(stats.to_json(), allow_nan=False))
+    assert content["checkpoints"] == 1
+    assert content["onset"]["attn"] == {
+        "k": 2, "step": 512, "revision": "step512", "tokens": None, "low": "step512", "high": "step512"
+    }  # fmt: skip
+    assert content["trend"]["mlp"]["inner"]["slope"] is None
+
+
+def test_the_calibration_matters_little_where_three_of_four_layers_are_the_same():
+    values = np.linspace(0.1, 0.9, 16)[None, :].repeat(5, 0)
+    swapped, moved = values.copy(), values.copy()
+    swapped[:, [3, 4]] = values[:, [4, 3]]
+    moved[:, [2, 3, 4, 5]] = values[:, [4, 5, 2, 3]]
+    for other, answer in ((swapped, "yes"), (moved, "no")):
+        both = [scores_of({"mlp": v}, STEPS[:5], calibration=name) for v, name in ((values, "a"), (other, "b"))]
+        check = checks_of(pl.concat(both))["calibration-matters-little"]
+        assert check.answer == answer
+    assert "2 of 4 shared (MLP, a and b)" in check.figure
+
+
+def test_a_model_of_one_component_or_layer_has_no_statistics_of_others():
+    for scores in (fake_scores(STEPS, n_layers=1), fake_scores(STEPS).filter(pl.col("component") == "mlp")):
+        content = training_stats(scores).to_json()
+        json.dumps(content, allow_nan=False)
+    assert list(content["onset"]) == ["mlp"]
+    assert "joint" not in content["statistics"][0]
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+def write_run(folder, scores, calibrations=("pydoc",)):
+    """A run folder as a sweep leaves it, with one file of scores."""
+    (folder / "scores").mkdir(parents=True)
+    scores.write_parquet(folder / "scores" / "part.parquet")
+    records = [{"label": name, "sha256": name, "file": f"{name}.npy"} for name in calibrations]
+    settings = {"model": "org/model", "dtype": "float32", "trust_remote_code": False, "tokens_per_step": None}
+    (folder / "settings.json").write_text(json.dumps({**settings, "calibrations": records, "metric_versions": {}}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    frames = [fake_scores(STEPS, n_layers=8), fake_scores(STEPS, n_layers=8, calibration="c4", seed=1)]
+    folder = write_run(tmp_path_factory.mktemp("stats") / "run", pl.concat(frames), ("pydoc", "c4"))
+    (folder / "failures").mkdir()
+    failure = {"revision": "step64", "calibration": "pydoc", "reason": "layer 2 is not finite"}
+    (folder / "failures" / "x.json").write_text(json.dumps(failure))
+    return folder
+
+
+def test_stats_prints_a_table_and_writes_what_json_prints(run, capsys):
+    assert cli.run(["stats", str(run)]) == 0
+    told = capsys.readouterr().out
+    assert "org/model: 7 checkpoints, step0 to step32, on pydoc" in told
+    assert "left out: step64: could not be scored: layer 2 is not finite" in told
+    assert "most redundant quarter settled from" in told
+    assert "pydoc  c4" in told
+    written = json.loads((run / "stats.json").read_text(encoding="utf-8"))
+    assert cli.run(["stats", str(run), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == written
+    assert set(written["onset"]["attn"]) == {"k", "step", "revision", "tokens", "low", "high"}
+    assert written["onset"]["attn"]["k"] == 2
+    assert written["checks"][0]["name"] == "attention-below-mlp"
+    assert {check["answer"] for check in written["checks"]} <= {"yes", "no", "undecided"}
+    assert len(written["calibrations"]) == 3 * 7
+    assert len(written["statistics"]) == 7
+    assert cli.run(["stats", str(run), "--calibration", "c4", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["calibration"] == "c4"
+
+
+def test_stats_says_what_it_cannot_use_and_writes_nothing(run, tmp_path, capsys):
+    assert cli.run(["stats", str(tmp_path / "none")]) == 2
+    assert cli.run(["stats", str(run), "--calibration", "c5"]) == 2
+    assert "There are: pydoc, c4" in capsys.readouterr().err
+    spoilt = fake_scores(STEPS).with_columns(value=pl.when(pl.col("layer") != 1).then("value").otherwise(float("nan")))
+    folder = write_run(tmp_path / "run", spoilt)
+    assert cli.run(["stats", str(folder)]) == 2
+    assert "is no number at step0 (layer 1)" in capsys.readouterr().err
+    assert not (folder / "stats.json").exists()
+
+
+def test_stats_of_one_checkpoint_and_of_many(tmp_path, capsys):
+    assert cli.run(["stats", str(write_run(tmp_path / "one", fake_scores([7])))]) == 0
+    assert "1 checkpoint, step7" in capsys.readouterr().out
+    assert cli.run(["stats", str(write_run(tmp_path / "many", fake_scores(range(40))))]) == 0
+    assert "(12 of 40 checkpoints are shown)" in capsys.readouterr().out
+
+
+def test_stats_imports_neither_torch_nor_matplotlib(run):
+    code = f"import sys\nfrom redundancy_trace import cli\ncode = cli.run(['stats', {str(run)!r}, '--json'])\n"
+    code += (
+        "print(code, *sorted({'torch', 'transformers', 'matplotlib', 'seaborn'} & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr.strip() == "0"
+
+
+def test_failed_checkpoints_are_named_as_given():
+    left = training_stats(fake_scores([0, 1]), failed=[LeftOut("step9", "could not be scored: no room")]).left_out
+    assert [(one.revision, one.reason) for one in left] == [("step9", "could not be scored: no room")]
+    with pytest.raises(InputError, match="calibrated on 'x'"):
+        training_stats(fake_scores([0, 1]), calibration="x")
