@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from redundancy_trace.pruning import DropPlan, plan_drop, published_orders, read_plan
     from redundancy_trace.pruning.exporting import prune
     from redundancy_trace.pruning.inplace import drop_, dropped
+    from redundancy_trace.report import write_report
     from redundancy_trace.store import read_distances, read_duplicates, read_evaluations, read_scores
     from redundancy_trace.sweep import evaluate, evaluate_along, score_model, trace
 
@@ -80,6 +81,7 @@ _HOMES = {
     "topk_overlap": "analysis",
     "trace": "sweep",
     "training_stats": "analysis",
+    "write_report": "report",
 }
 
 __all__ = [
@@ -122,6 +124,7 @@ __all__ = [
     "topk_overlap",
     "trace",
     "training_stats",
+    "write_report",
 ]
 
 

@@ -6,7 +6,7 @@ The table of a sweep also tells the identity of a row which settings change a nu
 import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 from redundancy_trace.errors import InputError
 
@@ -35,16 +35,18 @@ class TraceSettings:
     demo: bool = _option(
         False, "Train a small Pythia-style model on built-in text and sweep it; no network.", identity=False
     )
-    calibration: str | None = _option(
-        None,
-        "Text to score on: c4, pydoc, FILE.txt, tokens:FILE.npy, hf:NAME[:config][:split][:column] "
-        "[default: c4 for Hub models, pydoc for local folders, --demo and --offline].",
+    calibration: tuple[str, ...] = _option(
+        (),
+        "Text to score on: c4, pydoc, FILE.txt, tokens:FILE.npy, hf:NAME[:config][:split][:column]; given again: on "
+        "each [default: c4 for Hub models, pydoc for local folders, --demo and --offline].",
         identity=False,  # the hash of the token ids stands for it
     )
     tokenizer: str | None = _option(
         None, "Repository or folder of the tokenizer, where the model has none.", identity=False
     )
-    samples: int = _option(64, "Number of calibration sequences.", identity=False)
+    samples: tuple[int, ...] = _option(
+        (64,), "Number of calibration sequences; given again: with each number.", identity=False
+    )
     sequence_length: int | None = _option(
         None, "Tokens in each sequence [default: 512; 128 for --demo; of tokens:FILE.npy its own].", identity=False
     )
@@ -103,15 +105,17 @@ class TraceSettings:
     quiet: bool = _option(False, "No progress, only the result.", identity=False)
 
     def __post_init__(self) -> None:
+        for name in ("calibration", "samples"):
+            object.__setattr__(self, name, _several(getattr(self, name)) or TraceSettings.__dict__[name])
         for name, least in (
             ("samples", 1),
             ("sequence_length", 2),
             ("batch_size", 1),
             ("tokens_per_step", 1),
         ):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise InputError(f"{flag_of(name)} is {value}; it must be at least {least}.")
+            for value in _several(getattr(self, name)):
+                if value < least:
+                    raise InputError(f"{flag_of(name)} is {value}; it must be at least {least}.")
         for name, known in (("engine", ENGINES), ("dtype", DTYPES), ("fetch", FETCHES)):
             if getattr(self, name) not in known:
                 raise InputError(f"{flag_of(name)} is {getattr(self, name)!r}; known: {', '.join(known)}.")
@@ -181,9 +185,15 @@ def device_names(text: str) -> tuple[str, ...]:
     return names
 
 
+def _several(given: Any) -> tuple[Any, ...]:
+    """What was given, once each, in the order given: one value, several, or none."""
+    values = given if isinstance(given, list | tuple) else () if given is None else (given,)
+    return tuple(dict.fromkeys(values))
+
+
 DEFAULT_DROPS = "attn=25%,attn=50%,mlp=25%,block=25%,joint=25%"
 DEFAULT_ORDERS = "importance,deepest,random:0,random:1,random:2,random:3,random:4"
-MEASURES = ("loss", "speed")
+MEASURES = ("loss", "speed", "tasks")
 CURVES = ("attn", "mlp", "block", "joint")
 
 
@@ -212,8 +222,10 @@ class EvaluationSettings:
     scores: Path | None = _measured(
         None, "Run folder with the checkpoint's scores, for --curve [default: scored now, on the same text]."
     )
-    measure: str = _measured("loss,speed", "loss (with bits per byte), speed (with memory and KV cache), or both.")
-    tasks: str | None = _measured(None, "Tasks of lm-eval, such as arc_easy,piqa; needs the extra `eval`.")
+    measure: str = _measured(
+        "loss,speed", "loss (with bits per byte), speed (with memory and KV cache), tasks (those alone), or several."
+    )
+    tasks: str | None = _measured(None, "Tasks of lm-eval too, such as arc_easy,piqa; needs the extra `eval`.")
     task_folder: Path | None = _measured(None, "Folder with YAML files of further tasks.")
     limit: int | None = _measured(None, "Only so many questions of each task.")
     shots: int | None = _measured(None, "Examples in front of each question [default: as the task says].")
@@ -274,6 +286,10 @@ class EvaluationSettings:
                 "Nothing to evaluate is named. Try trace eval FOLDER, trace eval --model EleutherAI/pythia-70m "
                 "--revision step143000, or trace eval --along RUN."
             )
+        if not listed(self.measure):
+            raise InputError(f"--measure names nothing; known: {', '.join(MEASURES)}.")
+        if "tasks" in listed(self.measure) and not listed(self.tasks):
+            raise InputError("--measure tasks: name some with --tasks, such as --tasks arc_easy,piqa.")
         if self.plan is not None and self.curve is not None:
             raise InputError("--curve makes plans of its own; leave out --plan.")
 
@@ -304,6 +320,11 @@ def parse_bytes(text: str) -> int:
     base = 1024 if match[3] else 1000
     power = " KMGT".index(match[2].upper() or " ")
     return round(float(match[1]) * float(base**power))
+
+
+def is_several(hint: Any) -> bool:
+    """Whether a field of this type takes several values, and its flag may be given again."""
+    return get_origin(hint) is tuple
 
 
 def flag_of(name: str) -> str:

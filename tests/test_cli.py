@@ -218,7 +218,16 @@ def test_results_go_to_stdout_and_everything_else_to_stderr(tiny_run, tmp_path, 
     told = capfd.readouterr()
     assert told.err == ""
     result = json.loads(told.out)
-    assert list(result) == ["run", "calibration", "scored", "kept", "failures", "figures", "checkpoints"]
+    assert list(result) == [
+        "run",
+        "calibration",
+        "calibrations",
+        "scored",
+        "kept",
+        "failures",
+        "figures",
+        "checkpoints",
+    ]
     readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
     described = re.search(r"`trace --json` prints one object: (.*?)\n\n", readme, flags=re.DOTALL)
     assert described is not None
@@ -235,7 +244,7 @@ def test_of_many_checkpoints_some_are_shown(tmp_path, capsys):
     from redundancy_trace.sweep import SweepResult
 
     stored_run(tmp_path, range(50))
-    print_result(SweepResult(tmp_path, 50, 0, {}, (), "pydoc 4x8", None, None))
+    print_result(SweepResult(tmp_path, 50, 0, {}, (), ("pydoc 4x8",), None, None))
     _, _, *rows, last = capsys.readouterr().out.splitlines()
     assert len(rows) == 24
     assert (rows[0].split()[0], rows[-1].split()[0]) == ("step0", "step49")

@@ -34,6 +34,7 @@ ORDER = (
     "store",
     "analysis",
     "figures",
+    "report",
     "pruning",
     "evaluation",
     "demo",
@@ -42,7 +43,7 @@ ORDER = (
     "cli",
 )
 # What runs on a laptop from a folder that a cluster wrote.
-LIGHT = ("errors", "versions", "writing", "locking", "metrics", "settings", "store", "analysis", "figures")
+LIGHT = ("errors", "versions", "writing", "locking", "metrics", "settings", "store", "analysis", "figures", "report")
 
 
 def files_of(module):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,8 @@ GIVEN = {
     "fetch": "file",
     "disk_budget": "100GB",
     "dtype": "bfloat16",
-    "samples": 7,
+    "samples": (7,),
+    "calibration": ("word",),
     "sequence_length": 7,
     "batch_size": 7,
     "tokens_per_step": 7,
@@ -45,7 +47,9 @@ def test_a_flag_reaches_its_field(field, monkeypatch):
     seen = []
     monkeypatch.setattr("redundancy_trace.sweep.run_sweep", lambda settings, _: seen.append(settings) or 1 / 0)
     given = True if isinstance(field.default, bool) else GIVEN.get(field.name, "word")
-    arguments = [flag_of(field.name), *([] if given is True else [str(given)])]
+    arguments = [flag_of(field.name)]
+    if given is not True:
+        arguments += [str(given[0] if isinstance(given, tuple) else given)]
     model = [] if field.name in ("model", "demo") else ["--model", "me/model"]
     assert cli.run([*model, *arguments]) == 1
     value = getattr(seen[0], field.name)
@@ -58,6 +62,7 @@ def test_a_flag_reaches_its_field(field, monkeypatch):
     ("fields", "message"),
     [
         ({"samples": 0}, "--samples is 0; it must be at least 1"),
+        ({"samples": [4, 0]}, "--samples is 0; it must be at least 1"),
         ({"sequence_length": 1}, "--sequence-length is 1; it must be at least 2"),
         ({"batch_size": 0}, "--batch-size is 0; it must be at least 1"),
         ({"tokens_per_step": -5}, "--tokens-per-step is -5; it must be at least 1"),
@@ -81,6 +86,8 @@ def test_keywords_of_the_python_call(tmp_path):
         settings_from({name: str(path) for name, path in paths.items()} | {"out": str(tmp_path / "run"), "samples": 3})
         == expected
     )
+    several = settings_from({"model": "m", "calibration": [tmp_path / "a.txt", "pydoc", "pydoc"], "samples": [4, 2, 4]})
+    assert (several.calibration, several.samples) == ((str(tmp_path / "a.txt"), "pydoc"), (4, 2)), "each once"
     with pytest.raises(InputError, match=r"no setting 'sampels'\. Did you mean samples\?"):
         settings_from({"model": "me/model", "sampels": 3})
     with pytest.raises(InputError, match=r"no setting 'xyz'\. Known: model, revisions"):
@@ -93,7 +100,9 @@ def test_the_python_call_shows_its_settings_to_help_and_completion():
     parameters = inspect.signature(rt.trace).parameters
     assert {name: p.default for name, p in parameters.items()} == {field.name: field.default for field in FIELDS}
     assert [name for name, p in parameters.items() if p.kind is not p.KEYWORD_ONLY] == ["model"]
-    assert (parameters["samples"].annotation, parameters["out"].annotation) == (int, Path | None | str)
+    assert parameters["out"].annotation == Path | None | str
+    assert parameters["samples"].annotation == int | Sequence[int]
+    assert parameters["calibration"].annotation == str | Path | Sequence[str | Path]
     for field in FIELDS:
         assert f"\n    {field.name}: {field.metadata['help'].split()[0]}" in rt.trace.__doc__
     with pytest.raises(InputError, match=r"no setting 'sampels'\. Did you mean samples\?"):

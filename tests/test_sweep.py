@@ -196,6 +196,78 @@ def test_the_python_call_returns_the_rows_of_its_own_calibration(tiny_run, tmp_p
     assert len(rt.read_scores(tmp_path / "run")) == len(first) + len(second)
 
 
+def test_several_calibrations_and_numbers_of_samples_take_the_weights_once(
+    loopback_hub, tiny_run, tmp_path, no_figures, scored, capsys
+):
+    hub, out = loopback_hub, tmp_path / "run"
+    hub.add_repo("me/model", revisions=branches(tiny_run))
+    ids = token_file(tmp_path / "ids.npy")
+    asked = ["--calibration", "pydoc", "--calibration", ids, "--samples", "4", "--samples", "2"]
+    asked += ["--sequence-length", "32", "--quiet", "--revisions", "step0,step8", "--json"]
+    arguments = ["--model", "me/model", "--endpoint", hub.url, "--out", str(out), *asked]
+    assert cli.run(arguments) == 0
+    told = json.loads(capsys.readouterr().out)
+    labels = ["pydoc 4x32", "pydoc 2x32", f"{ids} 4x32", f"{ids} 2x32"]
+    assert (told["calibration"], told["calibrations"], told["scored"]) == (labels[0], labels, 2)
+    assert len(weights_asked(hub)) == 2, "each checkpoint is fetched once"
+    assert len(scored) == 2 * 4
+    scores = rt.read_scores(out)
+    assert scores["calibration"].unique(maintain_order=True).to_list() == labels
+    for label, sequences in zip(labels, (4, 2, 4, 2), strict=True):
+        assert scores.filter(calibration=label)["n_sequences"].unique().to_list() == [sequences]
+    for number, calibration in enumerate(("pydoc", ids)):
+        alone = rt.trace(
+            tiny_run, revisions="checkpoint-0,checkpoint-8", calibration=calibration, samples=2, sequence_length=32,
+            out=tmp_path / f"alone{number}", quiet=True,
+        )  # fmt: skip
+        together = scores.filter(calibration=labels[2 * number + 1])
+        assert_frame_equal(numbers(together), numbers(alone), check_exact=True)
+    both = rt.trace(
+        "me/model", revisions="step0,step8", calibration=[ids, "pydoc"], samples=2, sequence_length=32, out=out,
+        endpoint=hub.url, quiet=True,
+    )  # fmt: skip
+    assert both["calibration"].unique(maintain_order=True).to_list() == [labels[3], labels[1]]
+    assert len(scored) == 2 * 4 + 2 * 2, "what is stored is not scored again"
+    # A third number of samples: only what is new is scored, and what is left is what the plan counts.
+    more = [*arguments, "--samples", "3"]
+    assert cli.run([*more, "--dry-run"]) == 0
+    assert json.loads(capsys.readouterr().out)["stored"] == 0
+    assert cli.run(more) == 0
+    assert len(scored) == 12 + 2 * 2
+    capsys.readouterr()
+    assert cli.run([*more, "--dry-run"]) == 0
+    assert json.loads(capsys.readouterr().out)["stored"] == 2
+
+
+def test_of_several_calibrations_each_is_looked_at_before_any_is_scored(tiny_run, tmp_path, scored, capsys):
+    arguments = ["--model", str(tiny_run), "--out", str(tmp_path / "run"), "--quiet", *PYDOC]
+    assert cli.run([*arguments, "--calibration", str(tmp_path / "none.txt")]) == 2
+    assert "there is no file" in capsys.readouterr().err
+    assert not scored
+
+
+def test_what_one_calibration_lacks_the_others_have(tiny_run, tmp_path, no_figures, monkeypatch, capsys):
+    real = engine.score_checkpoint
+
+    def failing(folder, ids, **settings):
+        if len(ids) == 2 and folder.name == "checkpoint-4":
+            raise CheckpointError("a state is not finite")
+        return real(folder, ids, **settings)
+
+    monkeypatch.setattr(engine, "score_checkpoint", failing)
+    arguments = ["--model", str(tiny_run), "--out", str(tmp_path / "run"), "--revisions", "2..8", *PYDOC]
+    arguments += ["--samples", "2", "--samples", "3"]
+    assert cli.run(arguments) == 1
+    assert "1 of 3 checkpoints could not be scored" in capsys.readouterr().err
+    stored = rt.read_scores(tmp_path / "run").select("step", "calibration").unique().rows()
+    assert (4, "pydoc 4x32") in stored
+    assert not {(4, "pydoc 2x32"), (4, "pydoc 3x32")} & set(stored)
+    assert {one["calibration"] for one in read_failures(tmp_path / "run")} == {"pydoc 2x32", "pydoc 3x32"}
+    monkeypatch.setattr(engine, "score_checkpoint", real)
+    assert cli.run(arguments) == 0
+    assert not read_failures(tmp_path / "run")
+
+
 def test_the_demo_is_called_demo(tiny_run, tmp_path, no_figures, monkeypatch):
     trained = []
     monkeypatch.setattr("redundancy_trace.demo.demo_checkpoints", lambda on_step: trained.append(1) or tiny_run)

@@ -6,6 +6,7 @@ from redundancy_trace.cli.evaluating import eval_command
 from redundancy_trace.cli.listing import list_command
 from redundancy_trace.cli.plotting import plot_command
 from redundancy_trace.cli.pruning import prune_command
+from redundancy_trace.cli.reporting import report_command
 from redundancy_trace.cli.stats import stats_command
 from redundancy_trace.cli.sweeping import sweep_command
 
@@ -25,4 +26,5 @@ app.command("list")(list_command)
 app.command("plot")(plot_command)
 app.command("eval")(eval_command)
 app.command("stats")(stats_command)
+app.command("report")(report_command)
 app.command("prune")(prune_command)

@@ -3,11 +3,12 @@
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import fields
-from typing import Annotated, Any, get_type_hints
+from types import GenericAlias
+from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
-from redundancy_trace.settings import flag_of
+from redundancy_trace.settings import flag_of, is_several
 
 
 def with_settings(
@@ -31,7 +32,10 @@ def with_settings(
             field.name,
             inspect.Parameter.KEYWORD_ONLY,
             default=field.default,
-            annotation=hinted(hints[field.name], option_of(field.name, field.metadata, field.default)),
+            annotation=hinted(
+                as_list(hints[field.name]),
+                option_of(field.name, field.metadata, field.default, metavar_of(hints[field.name])),
+            ),
         )
         for field in fields(settings)
     ]
@@ -41,9 +45,19 @@ def with_settings(
     return command
 
 
-def option_of(name: str, metadata: Mapping[str, Any], default: object) -> Any:
+def option_of(name: str, metadata: Mapping[str, Any], default: object, metavar: str | None = None) -> Any:
     """The option of one field."""
-    return typer.Option(flag_of(name), help=metadata["help"], show_default=bool(default))
+    return typer.Option(flag_of(name), help=metadata["help"], show_default=bool(default), metavar=metavar)
+
+
+def as_list(hint: Any) -> Any:
+    """The type that the parser knows for a flag that may be given again; any other as it is."""
+    return GenericAlias(list, get_args(hint)[:1]) if is_several(hint) else hint
+
+
+def metavar_of(hint: Any) -> str | None:
+    """What help shows of a flag that may be given again: one value of it."""
+    return f"<{get_args(hint)[0].__name__}>" if is_several(hint) else None
 
 
 def hinted(hint: Any, option: Any) -> Any:

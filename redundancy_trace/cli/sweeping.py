@@ -77,14 +77,15 @@ def _summary(result: "SweepResult") -> "pl.DataFrame":
     from redundancy_trace.analysis import mark_repeats, one_calibration, training_summary
     from redundancy_trace.store import read_duplicates, read_scores
 
-    summary = training_summary(one_calibration(read_scores(result.folder), result.calibration))
+    summary = training_summary(one_calibration(read_scores(result.folder), result.calibrations[0]))
     return mark_repeats(summary, read_duplicates(result.folder))
 
 
 def _result_as_json(result: "SweepResult") -> dict[str, Any]:
     return {
         "run": str(result.folder),
-        "calibration": result.calibration,
+        "calibration": result.calibrations[0],
+        "calibrations": result.calibrations,
         "scored": result.scored,
         "kept": result.kept,
         "failures": result.failures,
@@ -128,11 +129,14 @@ def print_result(result: "SweepResult") -> None:
     else:
         cells = [cell[:-1] for cell in cells]
     typer.echo(
-        f"Mean importance 1 - cos over all layers (0 = redundant), loss in nats per token, on {result.calibration}:"
+        f"Mean importance 1 - cos over all layers (0 = redundant), loss in nats per token, on {result.calibrations[0]}:"
     )
     print_table(columns, cells)
     if len(rows) < len(summary):
         typer.echo(f"({len(rows)} of {len(summary)} checkpoints are shown)")
+    if len(result.calibrations) > 1:
+        others = ", ".join(result.calibrations[1:])
+        typer.echo(f"Scored on {others} too; `trace stats {result.folder}` tells how far the order depends on it.")
     pictures = [path for path in result.figures if path.suffix == ".png"]
     if pictures:
         typer.echo(f"Figures: {', '.join(str(path) for path in pictures)}")

@@ -1,7 +1,7 @@
 """The unit of work: one checkpoint, whose bytes are at hand, in; its numbers out. The same wherever it is done."""
 
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
@@ -20,14 +20,14 @@ class Scoring:
     """What all checkpoints of a sweep have in common.
 
     Attributes:
-        token_ids: Calibration, shape (N, T), integers.
+        token_ids: Calibrations by their hash, each of shape (N, T), integers.
         dtype: Compute dtype, `float32` or `bfloat16`.
         batch_size: Sequences a forward; None = from the sequence length.
         engine: `stream` or `whole`.
         trust_remote_code: Whether model code beside the weights may be run.
     """
 
-    token_ids: "np.ndarray" = field(repr=False)
+    token_ids: "Mapping[str, np.ndarray]" = field(repr=False)
     dtype: str
     batch_size: int | None
     engine: str
@@ -36,16 +36,18 @@ class Scoring:
 
 @dataclass(frozen=True)
 class Job:
-    """One checkpoint to be scored.
+    """One checkpoint to be scored on one calibration.
 
     Attributes:
         name: What it is called.
         folder: Holds its config and, unless they are read from their server, its weights.
+        calibration: The hash of the token ids.
         remote: Weights that are read from their server.
     """
 
     name: str
     folder: Path
+    calibration: str
     remote: Remote | None = None
 
 
@@ -96,7 +98,7 @@ class Scorer:
             weights = open_remote_weights(job.folder, job.remote.open(watch.on_bytes, watch.stopped))
         return score_checkpoint(
             job.folder,
-            self._scoring.token_ids,
+            self._scoring.token_ids[job.calibration],
             device=self._device,
             dtype=self._dtype,
             batch_size=self._scoring.batch_size,

@@ -167,7 +167,8 @@ def _scorer(scoring: Scoring, device: str, threads: int | None) -> Scorer:
     if threads is not None and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(threads)
     # Arrays come read-only out of Ray's store, which torch warns of.
-    return Scorer(replace(scoring, token_ids=scoring.token_ids.copy()), device)
+    token_ids = {name: ids.copy() for name, ids in scoring.token_ids.items()}
+    return Scorer(replace(scoring, token_ids=token_ids), device)
 
 
 def _chosen_dtype(device: str) -> str:

@@ -27,7 +27,7 @@ from redundancy_trace.store import (
     tidy_run,
     write_evaluations,
 )
-from redundancy_trace.sweep.evaluating import EvaluationResult, identity_of_facts, text_errors, windows_facts
+from redundancy_trace.sweep.evaluating import EvaluationResult, identity_of_facts, windows_facts
 from redundancy_trace.sweep.interrupting import interrupts_kept
 from redundancy_trace.sweep.pipeline import awaited, fetching_ahead
 from redundancy_trace.sweep.tasks import Task, labels_of
@@ -44,6 +44,7 @@ class _Step:
     """One checkpoint of the run, and the plans that are carried out on it."""
 
     task: Task
+    labels: Labels
     plans: "tuple[DropPlan, ...]"
 
 
@@ -72,8 +73,8 @@ def run_along(settings: EvaluationSettings, reporter: Reporter) -> EvaluationRes
     windows = _held_out(settings, run, listing, hub, reporter)
     steps = _steps(settings, run, listing, scores, windows)
     stored = finished_evaluations(folder)
-    identities = [step.task.labels.identity for step in steps]
-    left = [step for step in steps if step.task.labels.identity not in stored]
+    identities = [step.labels.identity for step in steps]
+    left = [step for step in steps if step.labels.identity not in stored]
     reporter.line(
         f"{len(steps)} checkpoints, {sum(1 + len(step.plans) for step in steps)} losses on {windows.name} "
         f"({windows.n_tokens:,} tokens)."
@@ -123,7 +124,7 @@ def _scores_of(folder: Path) -> "pl.DataFrame":
 def _held_out(settings: EvaluationSettings, run: Run, listing: Listing, hub: Hub, reporter: Reporter) -> "Windows":
     """Windows in the shape of the run's calibration: of the same text from where that ends, or of another text."""
     from redundancy_trace.calibration import load_stream, made_from, tokenizer_sources
-    from redundancy_trace.evaluation import cut_windows, tokens_needed
+    from redundancy_trace.evaluation import cut_windows, text_errors, tokens_needed
 
     record = run.calibrations[0]
     source = made_from(run.folder, record.sha256)
@@ -191,7 +192,7 @@ def _steps(
             **windows_facts(windows),
         }
         labels = labels_of(checkpoint, run, run.calibrations[0].label, identity_of_facts(facts))
-        steps.append(_Step(Task(checkpoint, labels), plans))
+        steps.append(_Step(Task(checkpoint, ()), labels, plans))
     return steps
 
 
@@ -236,7 +237,7 @@ def _measure_all(
                 if fetched is None and following is not None:
                     ahead = begin(following)
             if rows is not None:
-                write_evaluations(evaluation_file(run.folder, step.task.labels), rows)
+                write_evaluations(evaluation_file(run.folder, step.labels), rows)
                 reporter.finished(name, f"{name} measured in {time.monotonic() - started:.1f} s")
             if fetched is not None:
                 (keep if is_kept(fetched) else discard)(fetched)
@@ -258,11 +259,6 @@ def _measured(
         dtype=getattr(torch, run.dtype),
         trust_remote_code=run.trust_remote_code,
     )
-    numbers = along_rows(
-        model,
-        windows,
-        step.plans,
-        batch_size=settings.batch_size,
-        on_loss=partial(reporter.step, step.task.checkpoint.name),
-    )
-    return evaluations_frame(step.task.labels, "along", numbers)
+    tell = partial(reporter.step, step.task.checkpoint.name)
+    numbers = along_rows(model, windows, step.plans, batch_size=settings.batch_size, on_loss=tell)
+    return evaluations_frame(step.labels, "along", numbers)

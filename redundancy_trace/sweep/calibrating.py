@@ -1,6 +1,7 @@
 """The token ids of a sweep: where its tokenizer may be, and how the run names them."""
 
-from dataclasses import replace
+import itertools
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from redundancy_trace.checkpoints import Listing
@@ -12,16 +13,50 @@ if TYPE_CHECKING:
     from redundancy_trace.store import Run
 
 
-def calibrate(settings: TraceSettings, listing: Listing, run: "Run", hub: Hub) -> "tuple[Calibration, Run]":
-    """The run's token ids, made or taken up again, and the run with them on record."""
+@dataclass(frozen=True)
+class Asked:
+    """One of the calibrations that the settings ask for."""
+
+    name: str
+    samples: int
+    sequence_length: int | None
+
+    @property
+    def label(self) -> str:
+        """What its rows are called, unless its file has changed; where the length is the file's own, the beginning."""
+        from redundancy_trace.calibration import DEFAULT_SEQUENCE_LENGTH
+
+        if self.sequence_length is None and self.name.startswith("tokens:"):
+            return f"{self.name} {self.samples}x"
+        return f"{self.name} {self.samples}x{self.sequence_length or DEFAULT_SEQUENCE_LENGTH}"
+
+
+def asked_for(settings: TraceSettings, listing: Listing) -> list[Asked]:
+    """Every text with every number of samples, in the order given."""
+    default = "pydoc" if listing.source == "local" or settings.offline else "c4"
+    every = itertools.product(settings.calibration or (default,), settings.samples)
+    return [Asked(name, samples, settings.sequence_length) for name, samples in every]
+
+
+def calibrate(settings: TraceSettings, listing: Listing, run: "Run", hub: Hub) -> "tuple[tuple[Calibration, ...], Run]":
+    """All token ids that the settings ask for, made or taken up again, and the run with them on record."""
+    found: dict[str, Calibration] = {}
+    for asked in asked_for(settings, listing):
+        calibration, run = _recorded(asked, settings, listing, run, hub)
+        found.setdefault(calibration.sha256, calibration)
+    return tuple(found.values()), run
+
+
+def _recorded(
+    asked: Asked, settings: TraceSettings, listing: Listing, run: "Run", hub: Hub
+) -> "tuple[Calibration, Run]":
     from redundancy_trace.calibration import load_calibration, tokenizer_sources
     from redundancy_trace.store import CalibrationRecord
 
-    name = _name(settings, listing)
     calibration = load_calibration(
-        name,
-        samples=settings.samples,
-        sequence_length=settings.sequence_length,
+        asked.name,
+        samples=asked.samples,
+        sequence_length=asked.sequence_length,
         tokenizer=settings.tokenizer,
         candidates=tokenizer_sources(listing),
         hub=hub,
@@ -38,23 +73,6 @@ def calibrate(settings: TraceSettings, listing: Listing, run: "Run", hub: Hub) -
     file = "token_ids.npy" if not run.calibrations else f"token_ids-{calibration.sha256[:12]}.npy"
     record = CalibrationRecord(label, calibration.sha256, file)
     return calibration, replace(run, calibrations=(*run.calibrations, record))
-
-
-def label_asked_for(settings: TraceSettings, listing: Listing) -> str:
-    """What the rows of the calibration that the settings ask for are called, unless its file has changed.
-
-    Where the length is the file's own, only the beginning.
-    """
-    from redundancy_trace.calibration import DEFAULT_SEQUENCE_LENGTH
-
-    name = _name(settings, listing)
-    if settings.sequence_length is None and name.startswith("tokens:"):
-        return f"{name} {settings.samples}x"
-    return f"{name} {settings.samples}x{settings.sequence_length or DEFAULT_SEQUENCE_LENGTH}"
-
-
-def _name(settings: TraceSettings, listing: Listing) -> str:
-    return settings.calibration or ("pydoc" if listing.source == "local" or settings.offline else "c4")
 
 
 def calibration_label(run: "Run", calibration: "Calibration") -> str:

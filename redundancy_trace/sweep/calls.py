@@ -2,14 +2,15 @@
 
 import inspect
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
+from types import GenericAlias
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_type_hints
 
 from redundancy_trace.errors import CheckpointError, InputError, nearest
 from redundancy_trace.progress import reporting
-from redundancy_trace.settings import EvaluationSettings, TraceSettings
+from redundancy_trace.settings import EvaluationSettings, TraceSettings, is_several
 from redundancy_trace.sweep.running import failure_summary, run_sweep
 
 if TYPE_CHECKING:
@@ -32,9 +33,9 @@ def trace(model: str | Path | None = None, **settings: Any) -> "pl.DataFrame":
         **settings: The flags of the command line, with `_` for `-`; they are listed below.
 
     Returns:
-        The scores of the run, as `read_scores` gives them; where the run holds several calibrations, those of this
-        one's. Checkpoints that could not be scored are told on stderr (unless `quiet`) and noted in the run's
-        `failures/`. With `dry_run`, the listing instead, as `list_checkpoints(…).to_frame()`.
+        The scores of the run, as `read_scores` gives them; where the run holds several calibrations, the rows of those
+        that were asked for. Checkpoints that could not be scored are told on stderr (unless `quiet`) and noted in the
+        run's `failures/`. With `dry_run`, the listing instead, as `list_checkpoints(…).to_frame()`.
 
     Raises:
         InputError: If the input cannot be used; an unknown setting is told with the nearest known one.
@@ -43,7 +44,8 @@ def trace(model: str | Path | None = None, **settings: Any) -> "pl.DataFrame":
     Example:
         >>> scores = trace("EleutherAI/pythia-160m", revisions="log:20")  # doctest: +SKIP
     """
-    from redundancy_trace.analysis import one_calibration
+    import polars as pl
+
     from redundancy_trace.store import read_scores
 
     chosen = settings_from({"model": model, **settings})
@@ -55,12 +57,17 @@ def trace(model: str | Path | None = None, **settings: Any) -> "pl.DataFrame":
         return result.listing.to_frame()
     if result.failures and not result.stored:
         raise CheckpointError(failure_summary(result))
-    return one_calibration(read_scores(result.folder), result.calibration)
+    scores = read_scores(result.folder)
+    return pl.concat(scores.filter(calibration=name) for name in result.calibrations)
 
 
 def _described(call: Callable[..., Any], settings: type[Any], without: tuple[str, ...] = ()) -> None:
     """Show the settings that a call takes as keywords to `help` and to completion: names, types, defaults, texts."""
-    hints = {name: hint | str | Path if name in _PATHS else hint for name, hint in get_type_hints(settings).items()}
+    hints: dict[str, Any] = {}
+    for name, hint in get_type_hints(settings).items():
+        one: Any = get_args(hint)[0] if is_several(hint) else hint
+        one = one | str | Path if name in _PATHS else one
+        hints[name] = one | GenericAlias(Sequence, (one,)) if is_several(hint) else one
     signature = inspect.signature(call)
     own = {name: one for name, one in signature.parameters.items() if one.kind is not inspect.Parameter.VAR_KEYWORD}
     taken = [field for field in fields(settings) if field.name not in without]
@@ -91,11 +98,15 @@ def _settings(settings: type[_Settings], given: dict[str, Any]) -> _Settings:
     hints = get_type_hints(settings)
     changed = {name: value for name, value in given.items() if value is not None}
     for name, value in changed.items():
-        if hints[name] == Path | None:
-            changed[name] = Path(value)
-        elif isinstance(value, Path):
-            changed[name] = str(value)
+        changed[name] = Path(value) if hints[name] == Path | None else _as_text(value)
     return settings(**{**given, **changed})
+
+
+def _as_text(given: Any) -> Any:
+    """A path as text, of several each."""
+    if isinstance(given, list | tuple):
+        return [_as_text(one) for one in given]
+    return str(given) if isinstance(given, Path) else given
 
 
 def score_model(

@@ -22,7 +22,6 @@ from redundancy_trace.sweep.interrupting import interrupts_kept
 from redundancy_trace.sweep.tasks import Task
 
 if TYPE_CHECKING:
-    from redundancy_trace.calibration import Calibration
     from redundancy_trace.metrics import ModelScores
     from redundancy_trace.store import Run
 
@@ -40,6 +39,7 @@ class Turn:
     fetching: "Future[Fetched]"
     stopped: Event
     started: float = 0.0
+    scores: "list[ModelScores]" = field(default_factory=list)  # of its parts, in order
 
     @property
     def name(self) -> str:
@@ -51,7 +51,6 @@ def score_all(
     settings: TraceSettings,
     listing: Listing,
     run: "Run",
-    calibration: "Calibration",
     tasks: list[Task],
     hub: Hub,
     reporter: Reporter,
@@ -66,9 +65,8 @@ def score_all(
     Returns:
         How many were scored, and the reasons of those that were not.
     """
-    scoring = Scoring(
-        calibration.token_ids, run.dtype, settings.batch_size, settings.engine, settings.trust_remote_code
-    )
+    calibrations = {part.calibration.sha256: part.calibration.token_ids for task in tasks for part in task.parts}
+    scoring = Scoring(calibrations, run.dtype, settings.batch_size, settings.engine, settings.trust_remote_code)
     with (
         interrupts_kept() as look,
         fetching_ahead(settings, listing, run.folder, hub, reporter) as begin,
@@ -121,27 +119,25 @@ class _Flow:
                 self._fail(turn, error)
                 self.fetch_ahead()
                 continue
-            fetched = turn.fetching.result()
             turn.started = time.monotonic()
             self.reporter.scoring(turn.name)
-            watch = Watch(partial(self.reporter.step, turn.name), self.reporter.moved, turn.stopped)
-            self.at_work[self.places.submit(Job(turn.name, fetched.folder, fetched.remote), watch)] = turn
+            self._submit(turn)
 
     def collect(self) -> None:
-        """Store the scores that have come."""
-        from redundancy_trace import store
-
+        """Take the scores that have come, and store those of the checkpoints that are through."""
         for future in [future for future in self.at_work if future.done()]:
             turn = self.at_work.pop(future)
             if error := future.exception():
                 self._fail(turn, error)
-                self.let_go(turn.fetching.result())
             else:
-                # Stored before its weights go: whatever ends the sweep before that leaves them to be gone on with.
-                store.write_part(self.run, turn.task.labels, future.result())
-                self.let_go(turn.fetching.result())
+                turn.scores.append(future.result())
+                if len(turn.scores) < len(turn.task.parts):
+                    self._submit(turn)
+                    continue
+                self._store(turn)
                 self.scored += 1
                 self.reporter.finished(turn.name, f"{turn.name} scored in {time.monotonic() - turn.started:.1f} s")
+            self.let_go(turn.fetching.result())
             self.fetch_ahead()
 
     def wait(self) -> None:
@@ -152,6 +148,21 @@ class _Flow:
         if wanted:
             wait(wanted, timeout=_TURN_SECONDS, return_when=FIRST_COMPLETED)
 
+    def _submit(self, turn: Turn) -> None:
+        """Have the next part of a checkpoint scored."""
+        fetched = turn.fetching.result()
+        calibration = turn.task.parts[len(turn.scores)].calibration.sha256
+        watch = Watch(partial(self.reporter.step, turn.name), self.reporter.moved, turn.stopped)
+        job = Job(turn.name, fetched.folder, calibration, fetched.remote)
+        self.at_work[self.places.submit(job, watch)] = turn
+
+    def _store(self, turn: Turn) -> None:
+        """Store what is scored, before the weights go: whatever ends the sweep before leaves them to be gone on with."""
+        from redundancy_trace import store
+
+        for part, scores in zip(turn.task.parts, turn.scores, strict=False):
+            store.write_part(self.run, part.labels, scores)
+
     def _fail(self, turn: Turn, error: BaseException) -> None:
         from redundancy_trace import store
 
@@ -160,7 +171,9 @@ class _Flow:
             raise error
         reason = str(told(error))
         self.failures[turn.name] = reason
-        store.write_failure(self.run, turn.task.labels, reason)
+        self._store(turn)  # what came before the part that failed
+        for part in turn.task.parts[len(turn.scores) :]:
+            store.write_failure(self.run, part.labels, reason)
         self.reporter.finished(turn.name, not_scored(turn.name, reason))
 
 

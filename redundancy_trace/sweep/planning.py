@@ -9,9 +9,8 @@ from redundancy_trace.checkpoints import Checkpoint, Listing, endpoints_first, n
 from redundancy_trace.errors import CheckpointError, InputError
 from redundancy_trace.hub import Hub
 from redundancy_trace.settings import TraceSettings, parse_bytes
-from redundancy_trace.sweep.calibrating import label_asked_for
-from redundancy_trace.sweep.pipeline import AHEAD
-from redundancy_trace.sweep.tasks import identity_of, share_of
+from redundancy_trace.sweep.calibrating import asked_for
+from redundancy_trace.sweep.tasks import identity_of
 
 if TYPE_CHECKING:
     from redundancy_trace.store import Run
@@ -78,7 +77,9 @@ def plan_sweep(
     share = _share(settings, listing)
     left = _left(settings, listing, run, share)
     moving = [checkpoint for checkpoint in left if _moves(checkpoint, listing, hub)]
-    total = sum(checkpoint.bytes or 0 for checkpoint in moving)
+    # A stream is not kept: what is scored on several calibrations comes as many times.
+    times = len(asked_for(settings, listing)) if settings.fetch == "stream" else 1
+    total = times * sum(checkpoint.bytes or 0 for checkpoint in moving)
     return SweepPlan(
         checkpoints=len(share),
         stored=len(share) - len(left),
@@ -145,23 +146,28 @@ def _share(settings: TraceSettings, listing: Listing) -> list[Checkpoint]:
 
 
 def _left(settings: TraceSettings, listing: Listing, run: "Run | None", share: list[Checkpoint]) -> list[Checkpoint]:
-    """Those of a share without stored scores."""
+    """Those of a share without stored scores on all calibrations."""
     from redundancy_trace import store
 
-    hashes: list[str] = []
+    hashes: list[list[str]] = []
     finished: frozenset[str] = frozenset()
     if run is not None:
-        label = label_asked_for(settings, listing)
-        hashes = [record.sha256 for record in run.calibrations if record.label.startswith(label)]
+        hashes = [
+            [record.sha256 for record in run.calibrations if record.label.startswith(asked.label)]
+            for asked in asked_for(settings, listing)
+        ]
         finished = store.finished_parts(run.folder)
 
-    def is_stored(checkpoint: Checkpoint) -> bool:
+    def is_stored(checkpoint: Checkpoint, digests: list[str]) -> bool:
         if checkpoint.commit is None or run is None:
             return False
-        parts = (store.part_name(checkpoint.commit, identity_of(checkpoint, run, digest)) for digest in hashes)
+        parts = (store.part_name(checkpoint.commit, identity_of(checkpoint, run, digest)) for digest in digests)
         return any(part in finished for part in parts)
 
-    return [checkpoint for checkpoint in share if not is_stored(checkpoint)]
+    def is_done(checkpoint: Checkpoint) -> bool:
+        return run is not None and all(is_stored(checkpoint, digests) for digests in hashes)
+
+    return [checkpoint for checkpoint in share if not is_done(checkpoint)]
 
 
 def _moves(checkpoint: Checkpoint, listing: Listing, hub: Hub) -> bool:

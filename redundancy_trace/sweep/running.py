@@ -1,7 +1,7 @@
 """One sweep from the listing to the figures: list → calibrate → fetch and score → store → draw."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,10 +25,10 @@ from redundancy_trace.hub import Hub
 from redundancy_trace.locking import alone_in
 from redundancy_trace.progress import Reporter
 from redundancy_trace.settings import TraceSettings
-from redundancy_trace.sweep.calibrating import calibrate, calibration_label, label_asked_for
+from redundancy_trace.sweep.calibrating import asked_for, calibrate, calibration_label
 from redundancy_trace.sweep.pipeline import not_scored, score_all
 from redundancy_trace.sweep.planning import SweepPlan, check_plan, plan_sweep
-from redundancy_trace.sweep.tasks import Task, all_work, labels_of, open_tasks
+from redundancy_trace.sweep.tasks import Task, all_tasks, labels_of, open_tasks
 
 if TYPE_CHECKING:
     from redundancy_trace.store import Run
@@ -49,7 +49,7 @@ class SweepResult:
         kept: Checkpoints that were stored before.
         failures: Names of those that could not be scored, with the reason.
         figures: The files that were drawn.
-        calibration: The calibration of this sweep, as the rows name it; a run may hold others.
+        calibrations: Those of this sweep, as the rows name them, in the order asked for; a run may hold others.
         plan: What was to be done.
         listing: The checkpoints, chosen or not.
         stored: Chosen checkpoints that have scores now; of a shard, those of the others too.
@@ -60,7 +60,7 @@ class SweepResult:
     kept: int
     failures: dict[str, str]
     figures: tuple[Path, ...]
-    calibration: str
+    calibrations: tuple[str, ...]
     plan: SweepPlan
     listing: Listing
     stored: int = 0
@@ -123,9 +123,10 @@ def _sweep(settings: TraceSettings, reporter: Reporter, places: Places) -> Sweep
     plan = plan_sweep(settings, listing, found, hub, places.count)
     check_plan(settings, listing, plan)
     if settings.dry_run:
-        return SweepResult(folder, 0, plan.stored, {}, (), label_asked_for(settings, listing), plan, listing)
+        asked = tuple(asked.label for asked in asked_for(settings, listing))
+        return SweepResult(folder, 0, plan.stored, {}, (), asked, plan, listing)
     reporter.line(plan.told())
-    calibration, run = calibrate(settings, listing, run, hub)
+    calibrations, run = calibrate(settings, listing, run, hub)
     told = listing.notes
     # Of several processes that begin together, one reads all local files, the others take up what it found.
     with alone_in(folder) if listing.source == "local" else nullcontext():
@@ -135,24 +136,24 @@ def _sweep(settings: TraceSettings, reporter: Reporter, places: Places) -> Sweep
     for note in listing.notes[len(told) :]:
         reporter.line(note)
     run = store.write_run(run, given)
-    work = all_work(listing, run, calibration)
+    work = all_tasks(listing, run, calibrations)
     tasks, kept = open_tasks(work, store.finished_parts(folder), settings.shard)
-    label = calibration_label(run, calibration)
+    labels = tuple(calibration_label(run, calibration) for calibration in calibrations)
 
     reporter.start(kept + len(tasks) + len(failures), kept)
     if kept:
         reporter.line(f"{kept} of {kept + len(tasks)} checkpoints are in {folder} already.")
-    store.clear_failures(folder, _stored_names(listing, work, folder) - set(failures), label)
+    for label in labels:
+        store.clear_failures(folder, _stored_names(listing, work, folder) - set(failures), label)
     for checkpoint in listing.chosen:
         if (reason := failures.get(checkpoint.name)) is not None:
-            store.write_failure(folder, labels_of(checkpoint, run, label), reason)
+            for label in labels:
+                store.write_failure(folder, labels_of(checkpoint, run, label), reason)
             reporter.finished(checkpoint.name, not_scored(checkpoint.name, reason))
     scored = 0
     if tasks:
         try:
-            scored, failed = score_all(
-                settings, listing, run, calibration, tasks, hub, reporter, places, any_stored=kept > 0
-            )
+            scored, failed = score_all(settings, listing, run, tasks, hub, reporter, places, any_stored=kept > 0)
         except InputError:
             if found is None:
                 store.withdraw_run(run, given)
@@ -160,20 +161,22 @@ def _sweep(settings: TraceSettings, reporter: Reporter, places: Places) -> Sweep
         failures |= failed
     names = _stored_names(listing, work, folder)
     if not settings.keep:
+        names = _stored_names(listing, work, folder)
         sweep_out(folder, listing, (c for c in listing.chosen if c.name in names))
-    stored = len(work.keys() & store.finished_parts(folder))
+    finished = store.finished_parts(folder)
+    stored = sum(not task.parts_left(finished) for task in work)
     if settings.shard is not None:
         reporter.line(f"Table and figures show what is stored so far: {stored} of {len(work)} checkpoints.")
-    figures = _draw(run, listing, label, reporter) if stored else ()
-    return SweepResult(folder, scored, kept, failures, figures, label, plan, listing, stored)
+    figures = _draw(run, listing, labels[0], reporter) if stored else ()
+    return SweepResult(folder, scored, kept, failures, figures, labels, plan, listing, stored)
 
 
-def _stored_names(listing: Listing, work: Mapping[str, Task], folder: Path) -> set[str]:
+def _stored_names(listing: Listing, work: Sequence[Task], folder: Path) -> set[str]:
     """Names of the chosen checkpoints that have scores, whichever process made them."""
     from redundancy_trace.store import finished_parts
 
     finished = finished_parts(folder)
-    done = {(t.checkpoint.commit, t.checkpoint.subfolder) for part, t in work.items() if part in finished}
+    done = {(t.checkpoint.commit, t.checkpoint.subfolder) for t in work if not t.parts_left(finished)}
     return {c.name for c in listing.chosen if (c.commit, c.subfolder) in done}
 
 
@@ -198,11 +201,12 @@ def failure_summary(result: SweepResult, *, told: bool = False) -> str:
 
 def _with_demo_defaults(settings: TraceSettings) -> TraceSettings:
     """What is taken for the demo where the user gave nothing."""
-    own_length = (settings.calibration or "").startswith("tokens:")
+    texts = settings.calibration or ("pydoc",)
+    own_length = all(text.startswith("tokens:") for text in texts)
     return replace(
         settings,
         revisions="all" if settings.revisions == TraceSettings.revisions else settings.revisions,
-        calibration=settings.calibration or "pydoc",
+        calibration=texts,
         sequence_length=settings.sequence_length or (None if own_length else DEMO_SEQUENCE_LENGTH),
     )
 
@@ -231,7 +235,12 @@ def _model_label(model: str | None) -> str:
 
 
 def _plain(settings: TraceSettings) -> dict[str, Any]:
-    return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(settings).items()}
+    """The settings as JSON gives them back."""
+    plain = {Path: str, tuple: list}
+    return {
+        name: next((kind(value) for of, kind in plain.items() if isinstance(value, of)), value)
+        for name, value in asdict(settings).items()
+    }
 
 
 def _known_listing(file: Path, model: str) -> tuple[Listing | None, dict[Any, str]]:

@@ -1,10 +1,11 @@
-"""What of a sweep is left to do: one task for each chosen checkpoint without stored scores, or a share of them."""
+"""What a sweep has to do: one task for each chosen checkpoint; which are left, and which of them are a shard's."""
 
-from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Sequence, Set
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
 from redundancy_trace.checkpoints import Checkpoint, Listing, endpoints_first
+from redundancy_trace.settings import parse_shard
 from redundancy_trace.settings import parse_shard
 from redundancy_trace.sweep.calibrating import calibration_label
 
@@ -14,13 +15,36 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Part:
+    """The token ids that a checkpoint is scored on, and what the rows will say of it."""
+
+    calibration: "Calibration"
+    labels: "Labels"
+
+    @property
+    def name(self) -> str:
+        """What the store calls it."""
+        from redundancy_trace.store import part_name
+
+        assert self.labels.commit is not None
+        assert self.labels.identity is not None
+        return part_name(self.labels.commit, self.labels.identity)
+
 
 @dataclass(frozen=True)
 class Task:
-    """One checkpoint to be scored, and what its rows will say of it."""
+    """One checkpoint to be scored: its weights are fetched once, whatever it is scored on."""
 
     checkpoint: Checkpoint
-    labels: "Labels"
+    parts: tuple[Part, ...]
+
+    def parts_left(self, finished: Set[str]) -> tuple[Part, ...]:
+        """Those that are not among the names of the store's finished parts."""
+        return tuple(part for part in self.parts if part.name not in finished)
 
 
 def identity_of(checkpoint: Checkpoint, run: "Run", token_hash: str) -> str:
@@ -49,31 +73,35 @@ def share_of(work: Sequence[_T], shard: str | None) -> list[_T]:
     return [one for index, one in enumerate(work) if index in mine]
 
 
-def all_work(listing: Listing, run: "Run", calibration: "Calibration") -> dict[str, Task]:
-    """The chosen checkpoints by the name of their part of the store, stored or not, in training order."""
-    from redundancy_trace import store
-
-    label = calibration_label(run, calibration)
-    work: dict[str, Task] = {}
+def all_tasks(listing: Listing, run: "Run", calibrations: "Sequence[Calibration]") -> list[Task]:
+    """The chosen checkpoints, stored or not, in training order."""
+    labels = [calibration_label(run, calibration) for calibration in calibrations]
+    tasks: dict[tuple[str, str | None], Task] = {}
     for checkpoint in listing.chosen:
         commit = checkpoint.commit
         if commit is None:
             continue  # among the failures
-        identity = identity_of(checkpoint, run, calibration.sha256)
-        # The same commit (and folder) under another name: one set of rows.
-        work.setdefault(
-            store.part_name(commit, identity), Task(checkpoint, labels_of(checkpoint, run, label, identity))
+        parts = tuple(
+            Part(calibration, labels_of(checkpoint, run, label, identity_of(checkpoint, run, calibration.sha256)))
+            for calibration, label in zip(calibrations, labels, strict=True)
         )
-    return work
+        # The same commit (and folder) under another name: one set of rows.
+        tasks.setdefault((commit, checkpoint.subfolder), Task(checkpoint, parts))
+    return list(tasks.values())
 
 
-def open_tasks(work: Mapping[str, Task], finished: Set[str], shard: str | None = None) -> tuple[list[Task], int]:
-    """Of this process's share of the work, what is not finished yet, and how many are."""
-    share = share_of(list(work.items()), shard)
-    tasks = [task for part, task in share if part not in finished]
-    kept = len(share) - len(tasks)
+def open_tasks(tasks: Sequence[Task], finished: Set[str], shard: str | None = None) -> tuple[list[Task], int]:
+    """Of this process's share of the work, what is not stored yet on all calibrations, and how many are.
+
+    Args:
+        tasks: All of the work.
+        finished: Names of the parts that the store has.
+        shard: `i/n`; None = all of it.
+    """
+    share = [replace(task, parts=task.parts_left(finished)) for task in share_of(tasks, shard)]
+    left = [task for task in share if task.parts]
     # Spread over the training from the start, so that a sweep that is stopped shows the whole curve.
-    return [tasks[index] for index in endpoints_first(len(tasks))], kept
+    return [left[index] for index in endpoints_first(len(left))], len(share) - len(left)
 
 
 def labels_of(checkpoint: Checkpoint, run: "Run", calibration: str, identity: str | None = None) -> "Labels":
