@@ -1,11 +1,9 @@
-"""How much longer a sweep takes than its slower half alone, moving the bytes or scoring, over a network of a set rate.
+"""Sweeps over a network of a set rate, against their slower half alone; and the time to the first figure.
 
-A loopback Hub whose answers share one cable serves randomly filled checkpoints. The same checkpoints are scored from
-disk first: the seconds that the engine takes are one half; the bytes over the rate of the cable are the other.
+A loopback Hub whose answers share one cable serves randomly filled checkpoints. A few of them are scored from disk
+first: the seconds that the engine takes for all are one half, the bytes over the rate of the cable are the other.
 """
 
-import argparse
-import json
 import os
 import re
 import subprocess
@@ -13,144 +11,133 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.decoders import Shape, random_ids, save_decoder
+from benchmarks.ratios import Options, Ratio
 
 ROOT = Path(__file__).parents[1]
-BOUND = 1.15
 _SCORED = re.compile(r"^\[\d+/\d+\] (\S+) scored in ([\d.]+) s$", re.MULTILINE)
 _COMMAND = "from redundancy_trace.cli import main; main()"
 
 
 @dataclass(frozen=True)
-class Shape:
-    """The model and its calibration; 28 million float32 weights a checkpoint as it stands."""
-
-    width: int = 1024
-    layers: int = 2
-    vocabulary: int = 1024
-    samples: int = 8
-    sequence_length: int = 512
-
-
-@dataclass(frozen=True)
-class PipelineTimes:
-    """One sweep over a cable, from the start of the process to its end. Seconds, unless another unit is named.
+class Case:
+    """A sweep.
 
     Attributes:
-        checkpoints: How many.
-        bytes: Bytes of weights in all.
-        bytes_per_second: Of the cable.
-        moving: Bytes over the rate.
-        scoring: What the engine takes for all of them, read from disk, with no network beside it.
-        wall: What the sweep takes.
-        ratio: `wall` over the larger of `moving` and `scoring`.
-        start: Until the first byte of the first checkpoint is asked for.
-        idle: Without a byte on its way, between the first and the last.
-        last: From the last byte to the last score.
-        figures: From the last score to the end.
-    """
-
-    checkpoints: int
-    bytes: int
-    bytes_per_second: float
-    moving: float
-    scoring: float
-    wall: float
-    ratio: float
-    start: float
-    idle: float
-    last: float
-    figures: float
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """What the command takes."""
-    parser.add_argument("--checkpoints", type=int, default=12)
-    parser.add_argument("--balance", type=float, nargs="+", default=[1.0], help="seconds to move over seconds to score")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "pipeline.json")
-
-
-def run(options: argparse.Namespace) -> int:
-    """Measure, print the table, write the JSON; 1 if a ratio is above the bound."""
-    measured = [measure(options.checkpoints, balance) for balance in options.balance]
-    for times in measured:
-        for what, number in asdict(times).items():
-            print(f"{what:20} {number:,.3f}" if isinstance(number, float) else f"{what:20} {number:,}")
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps([asdict(times) for times in measured], indent=1))
-    print(f"Written: {options.out}")
-    return int(any(times.ratio > BOUND for times in measured))
-
-
-def measure(checkpoints: int = 12, balance: float = 1.0, shape: Shape | None = None) -> PipelineTimes:
-    """Sweep checkpoints from disk, then over a cable.
-
-    Args:
-        checkpoints: How many.
-        balance: Seconds to move the bytes over seconds to score them; 1 leaves the least slack.
         shape: Of the model.
+        checkpoints: How many.
+        sequences: Of 512 tokens that they are scored on.
+        balance: Seconds to move the bytes over seconds to score them; 1 leaves the least slack.
     """
+
+    shape: Shape
+    checkpoints: int
+    sequences: int
+    balance: float = 1.0
+
+
+CASE = Case(Shape(width=768, layers=2, vocabulary=1024), checkpoints=24, sequences=24)
+TOY = Case(Shape(width=64, layers=1, vocabulary=64), checkpoints=3, sequences=2)
+BOUND = 1.15
+# Seconds from the command to the figures of one checkpoint, most of which are imports and drawing.
+FIRST_FIGURE_BOUND = 15.0
+# Scored from disk to tell what the engine takes; the first of them warms up and is not counted.
+_FROM_DISK = 4
+
+
+def measure(options: Options) -> list[Ratio]:
+    """Sweep some checkpoints from disk, then all over the cable."""
     sys.path.insert(0, str(ROOT / "tests"))
     from loopback_hub import LoopbackHub
 
-    shape = shape or Shape()
+    case = TOY if options.toy else CASE
     with tempfile.TemporaryDirectory(prefix="benchmark-pipeline-") as name, LoopbackHub() as hub:
         folder = Path(name)
-        ids = write_checkpoints(folder / "model", checkpoints, shape)
+        ids = save_checkpoints(case.shape, folder / "model", case.checkpoints, case.sequences)
         saved = {f"step{path.name.removeprefix('checkpoint-')}": path for path in (folder / "model").iterdir()}
         hub.add_repo("bench/model", revisions=saved)
         total = sum((path / "model.safetensors").stat().st_size for path in saved.values())
-        shared = ["--calibration", f"tokens:{ids}", "--samples", str(shape.samples), "--revisions", "all"]
         environment = os.environ | hub.environment(folder / "hf-home")
+        shared = ["--calibration", f"tokens:{ids}", "--samples", str(case.sequences)]
         local = ["--model", str(folder / "model"), "--out", str(folder / "local"), *shared]
-        _, scored, _ = _sweep(local, environment)
-        scoring = sum(scored.values())
-        rate = hub.bytes_per_second_of_all = total / (scoring * balance)
-        remote = ["--model", "bench/model", "--out", str(folder / "run"), "--fetch", "file", *shared]
-        started = time.monotonic()
-        ended, _, last_scored = _sweep(remote, environment)
-        bodies = [(body.began, body.ended or ended) for body in hub.bodies if body.sent > total / checkpoints / 20]
-        wall = ended - started
-        return PipelineTimes(
-            checkpoints, total, rate, total / rate, scoring, wall, wall / max(total / rate, scoring),
-            start=min(began for began, _ in bodies) - started, idle=_gaps(bodies),
-            last=last_scored - max(end for _, end in bodies), figures=ended - last_scored,
-        )  # fmt: skip
+        first = _sweep([*local, "--revisions", "checkpoint-0"], environment)
+        some = ",".join(f"checkpoint-{i}" for i in range(1, min(_FROM_DISK, case.checkpoints)))
+        seconds = _sweep([*local, "--revisions", some], environment).scored
+        scoring = sum(seconds.values()) / len(seconds) * case.checkpoints
+        rate = hub.bytes_per_second_of_all = total / (max(scoring, 0.1) * case.balance)
+        remote = ["--model", "bench/model", "--out", str(folder / "run"), "--fetch", "file", "--revisions", "all"]
+        swept = _sweep([*remote, *shared], environment)
+        bodies = [body for body in hub.bodies if body.sent > total / case.checkpoints / 20]
+        row = _row(case, swept, total, rate, scoring, [(one.began, one.ended or swept.ended) for one in bodies])
+        told = {"width": case.shape.width, "layers": case.shape.layers, "tokens": case.sequences * 512}
+        name = "from the command to the first figures, one checkpoint on disk"
+        return [row, Ratio(name, first.ended - first.started, FIRST_FIGURE_BOUND, detail=told, unit="s")]
 
 
-def write_checkpoints(folder: Path, count: int, shape: Shape) -> Path:
-    """Randomly filled Llamas, `checkpoint-N` below `folder`; returns a file of token ids beside it."""
-    import numpy as np
-    import torch
-    from safetensors.torch import save_file
-    from transformers import LlamaConfig, LlamaForCausalLM
+def save_checkpoints(shape: Shape, folder: Path, count: int, sequences: int) -> Path:
+    """Checkpoints of one model, `checkpoint-N` below `folder`, that differ in a number; returns a file of token ids."""
+    from safetensors.torch import load_file, save_file
 
-    config = LlamaConfig(
-        hidden_size=shape.width, num_hidden_layers=shape.layers, intermediate_size=11 * shape.width // 4,
-        num_attention_heads=shape.width // 64, vocab_size=shape.vocabulary, architectures=["LlamaForCausalLM"],
-        max_position_embeddings=shape.sequence_length,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    weights = LlamaForCausalLM(config).state_dict()
-    for step in range(count):
+    first = save_decoder(shape, folder / "checkpoint-0")
+    weights = load_file(first / "model.safetensors")
+    for step in range(1, count):
         place = folder / f"checkpoint-{step}"
-        place.mkdir(parents=True)
-        config.save_pretrained(place)
+        place.mkdir()
+        (place / "config.json").write_bytes((first / "config.json").read_bytes())
         weights["model.norm.weight"][0] = 1 + step / 1000  # files that are equal would be one checkpoint
         save_file(weights, place / "model.safetensors", {"format": "pt"})
-    size = (shape.samples, shape.sequence_length)
-    np.save(folder.parent / "ids.npy", np.random.default_rng(0).integers(0, shape.vocabulary, size=size))
+    np.save(folder.parent / "ids.npy", random_ids(shape.vocabulary, sequences))
     return folder.parent / "ids.npy"
 
 
-def _sweep(arguments: list[str], environment: Mapping[str, str]) -> tuple[float, dict[str, float], float]:
-    """Run `trace` to its end; returns when it ended, seconds of scoring by checkpoint, when the last was scored."""
+@dataclass(frozen=True)
+class _Swept:
+    """When `trace` was started, scored the last checkpoint and ended; the seconds of each by name."""
+
+    started: float
+    last: float
+    ended: float
+    scored: dict[str, float]
+
+
+def _row(
+    case: Case, swept: _Swept, total: int, rate: float, scoring: float, bodies: list[tuple[float, float]]
+) -> Ratio:
+    moving = total / rate
+    wall = swept.ended - swept.started
+    last_byte = max(end for _, end in bodies)
+    detail: dict[str, Any] = {
+        "checkpoints": case.checkpoints,
+        "bytes": total,
+        "bytes_per_second": rate,
+        "seconds": {
+            "moving": moving,
+            "scoring": scoring,
+            "wall": wall,
+            "before the first byte": min(began for began, _ in bodies) - swept.started,
+            "without a byte on its way, in between": _gaps(bodies),
+            "from the last byte to the last score": swept.last - last_byte,
+            "from the last score to the end": swept.ended - swept.last,
+        },
+    }
+    name = f"sweep of {case.checkpoints} checkpoints ÷ the longer of moving and scoring"
+    return Ratio(name, wall / max(moving, scoring), BOUND, detail=detail)
+
+
+def _sweep(arguments: list[str], environment: Mapping[str, str]) -> _Swept:
+    """Run `trace` in a process of its own to its end."""
+    started = last = time.monotonic()
     process = subprocess.Popen(
         [sys.executable, "-c", _COMMAND, *arguments],
         env=dict(environment), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
     )  # fmt: skip
-    told, last = [], 0.0
+    told = []
     assert process.stdout is not None
     for line in process.stdout:
         told.append(line)
@@ -158,7 +145,8 @@ def _sweep(arguments: list[str], environment: Mapping[str, str]) -> tuple[float,
             last = time.monotonic()
     if process.wait():
         raise RuntimeError("".join(told))
-    return time.monotonic(), {name: float(seconds) for name, seconds in _SCORED.findall("".join(told))}, last
+    scored = {name: float(seconds) for name, seconds in _SCORED.findall("".join(told))}
+    return _Swept(started, last, time.monotonic(), scored)
 
 
 def _gaps(bodies: list[tuple[float, float]]) -> float:

@@ -50,6 +50,7 @@ class Workers:
         self._pending: list[_Turn] = []
         self._processes: dict[int, _Process] = {}
         self._places: set[int] = set()
+        self._threads: list[threading.Thread] = []
         self._closed = False
 
     def count(self) -> int:
@@ -68,7 +69,9 @@ class Workers:
         """Start the processes; they import what they need meanwhile."""
         self._places = set(range(self.count()))
         for place in self._places.copy():
-            threading.Thread(target=self._look_after, args=(place, scoring), daemon=True).start()
+            thread = threading.Thread(target=self._look_after, args=(place, scoring), daemon=True)
+            self._threads.append(thread)
+            thread.start()
 
     def submit(self, job: Job, watch: Watch) -> Future[ModelScores]:
         """Score a checkpoint on a device that is free."""
@@ -86,6 +89,8 @@ class Workers:
             processes = list(self._processes.values())
         for process in processes:
             process.kill()
+        for thread in self._threads:
+            thread.join()
 
     def _look_after(self, place: int, scoring: Scoring) -> None:
         """Hand one checkpoint after another to the worker of a place; start another when it has died."""
@@ -98,6 +103,8 @@ class Workers:
             except _Died as death:
                 lost += 1
                 self._after_death(place, turn, f"The worker on {name} {death}", leave_out=lost >= _MOST_LOST)
+            finally:
+                process.close()
 
     def _started(self, place: int, scoring: Scoring) -> "_Process | None":
         with self._changed:
@@ -121,9 +128,10 @@ class Workers:
         with self._changed:
             if self._closed:
                 return
+            left_out = ""
             if leave_out and len(self._places) > 1:
                 self._places.discard(place)
-                what += "; it is left out from now on"
+                left_out = "; the device is left out from now on"
             again = turn is not None and len(turn.died) + 1 < _TRIES
             if turn is not None:
                 turn.died.append(place)
@@ -131,11 +139,11 @@ class Workers:
                 self._pending.insert(0, turn)
             self._changed.notify_all()
         if turn is None:
-            self._tell(f"{what}.")
+            self._tell(f"{what}{left_out}.")
         elif again:
-            self._tell(f"{what}; {turn.job.name} is tried once more.")
+            self._tell(f"{what}; {turn.job.name} is tried once more{left_out}.")
         else:
-            _settle(turn.future, CheckpointError(f"{what}, the second to die of this checkpoint."))
+            _settle(turn.future, CheckpointError(f"{what}, the second to die of this checkpoint{left_out}."))
 
 
 class _Process:
@@ -182,6 +190,14 @@ class _Process:
         """End it at once."""
         self._process.kill()
         self._process.wait()
+
+    def close(self) -> None:
+        """End it, and give its pipes back; for the thread that speaks to it."""
+        self.kill()
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            with suppress(OSError):  # what was still to be sent
+                pipe.close()
 
     def _send(self, message: Any) -> None:
         stdin = self._process.stdin

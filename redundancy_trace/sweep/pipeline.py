@@ -157,7 +157,7 @@ class _Flow:
         self.at_work[self.places.submit(job, watch)] = turn
 
     def _store(self, turn: Turn) -> None:
-        """Store what is scored, before the weights go: whatever ends the sweep before leaves them to be gone on with."""
+        """Store what is scored, before its weights go: whatever ends the sweep before leaves them to go on with."""
         from redundancy_trace import store
 
         for part, scores in zip(turn.task.parts, turn.scores, strict=False):

@@ -10,7 +10,8 @@ from redundancy_trace.errors import CheckpointError, InputError
 from redundancy_trace.hub import Hub
 from redundancy_trace.settings import TraceSettings, parse_bytes
 from redundancy_trace.sweep.calibrating import asked_for
-from redundancy_trace.sweep.tasks import identity_of
+from redundancy_trace.sweep.pipeline import AHEAD
+from redundancy_trace.sweep.tasks import identity_of, share_of
 
 if TYPE_CHECKING:
     from redundancy_trace.store import Run

@@ -6,14 +6,11 @@ from typing import TYPE_CHECKING, TypeVar
 
 from redundancy_trace.checkpoints import Checkpoint, Listing, endpoints_first
 from redundancy_trace.settings import parse_shard
-from redundancy_trace.settings import parse_shard
 from redundancy_trace.sweep.calibrating import calibration_label
 
 if TYPE_CHECKING:
     from redundancy_trace.calibration import Calibration
     from redundancy_trace.store import Labels, Run
-
-_T = TypeVar("_T")
 
 _T = TypeVar("_T")
 
