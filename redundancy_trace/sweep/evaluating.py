@@ -5,7 +5,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -337,12 +337,14 @@ def _parts(
     if settings.curve:
         along = _curve_plans(subject)
         facts = {**windows_facts(subject.windows), "plans": [plan_hash(one) for one in along]}
+        name = "loss for every number dropped"
 
         def curve() -> list[Evaluated]:
-            reporter.scoring("loss for every number dropped")
-            return curve_rows(subject.model, subject.windows, along, batch_size=size, on_loss=reporter.step)
+            reporter.scoring(name)
+            tell = partial(reporter.step, name)
+            return curve_rows(subject.model, subject.windows, along, batch_size=size, on_loss=tell)
 
-        yield _Part("loss for every number dropped", "curve", facts, curve)
+        yield _Part(name, "curve", facts, curve)
         return
     if "loss" in listed(settings.measure):
 
