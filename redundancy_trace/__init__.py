@@ -49,7 +49,7 @@ if TYPE_CHECKING:
         plot_trends,
     )
     from redundancy_trace.loading import load_model, load_tokenizer
-    from redundancy_trace.pruning import DropPlan, plan_drop, published_orders, read_plan
+    from redundancy_trace.pruning import DropPlan, plan_drop, read_plan
     from redundancy_trace.pruning.exporting import prune
     from redundancy_trace.pruning.inplace import drop_, dropped
     from redundancy_trace.report import write_report
@@ -87,7 +87,7 @@ _HOMES = {
     "plot_training_heatmaps": "figures",
     "rank_agreement": "analysis",
     "prune": "pruning.exporting",
-    "published_orders": "pruning",
+    "published_orders": "analysis",
     "read_distances": "store",
     "read_duplicates": "store",
     "read_evaluations": "store",

@@ -66,24 +66,28 @@ def unit_similarity(x_unit_D: Tensor, y_unit_D: Tensor) -> Tensor:
 _NEAR = 1e-9
 
 
-def pairwise_similarity(units_TND: Tensor) -> Tensor:
-    """Cosine and angular distance of each of a token's N unit rows with each, from their products in float64.
+def pairwise_similarity(rows_TND: Tensor) -> Tensor:
+    """Cosine and angular distance of a token's N rows, each with each that follows, from their products in float64.
 
     Args:
-        units_TND: Rows from `unit`, shape (T, N, D), float32.
+        rows_TND: Rows of any length, shape (T, N, D), any float dtype.
 
     Returns:
-        Shape (2, T, N, N), float64: as `unit_similarity`; NaN where a row is.
+        Shape (2, T, N, N), float64: as `unit_similarity` where i < j, NaN elsewhere and where a row is all zero.
     """
-    wide_TND = to_float64(units_TND)
+    # Squares of float32 neither over- nor underflow in float64.
+    wide_TND = to_float64(rows_TND)
     gram = wide_TND @ wide_TND.mT
-    # The rows are of length 1 in float32 only.
     lengths = gram.diagonal(dim1=-2, dim2=-1).sqrt()
-    cosine = (gram / (lengths.unsqueeze(-1) * lengths.unsqueeze(-2))).clamp(-1, 1)
+    i, j = torch.triu_indices(gram.shape[-1], gram.shape[-1], offset=1, device=gram.device)
+    cosine = (gram[:, i, j] / (lengths[:, i] * lengths[:, j])).clamp(-1, 1)
     angle = 2 * torch.atan2((1 - cosine).sqrt(), (1 + cosine).sqrt()) / torch.pi
-    both = torch.stack((cosine, angle))
-    token, i, j = torch.where(cosine > 1 - _NEAR)
-    both[:, token, i, j] = unit_similarity(units_TND[token, i], units_TND[token, j]).to(both.device)
+    pairs = torch.stack((cosine, angle))
+    token, pair = torch.where(cosine > 1 - _NEAR)
+    near = [unit(rows_TND[token.to(rows_TND.device), of[pair].to(rows_TND.device)]) for of in (i, j)]
+    pairs[:, token, pair] = unit_similarity(*near).to(pairs.device)
+    both = pairs.new_full((2, *gram.shape), torch.nan)
+    both[:, :, i, j] = pairs
     return both
 
 
@@ -164,6 +168,28 @@ def compare(x_D: Tensor, update_D: Tensor) -> Tensor:
 _SHORT, _LONG = 1e-12, 1e15
 # Y as a share of X below which Y is known better from its own sum.
 _CANCELLED = 1e-2
+# Share of the update's square across X below which the difference of two squares has lost digits that show.
+_ALONG = 0.25
+
+
+def compare_lengths(lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """`compare` from |X|, |update| and X·update alone, where these tell enough.
+
+    Args:
+        lengths: The three of every token, shape (3, ...), float32.
+
+    Returns:
+        Shape (4, ...), float64, as of `compare`; and which tokens it holds for, shape (...), bool: `compare` must be
+        asked for the others, whose rows are extreme, zero, not finite, or cancelled by or nearly along their update.
+    """
+    x, update, dot = to_float64(lengths)
+    along2 = (dot / x).square()
+    across2 = update.square() - along2
+    along, across = x + dot / x, across2.clamp_min(0).sqrt()
+    y = torch.hypot(along, across)
+    compared = torch.stack((along / y, torch.atan2(across, along) / torch.pi, update / x, dot / (x * update)))
+    enough = (x > _SHORT) & (x < _LONG) & (update > _SHORT) & (update < _LONG)
+    return compared, enough & (y > _CANCELLED * x) & (across2 > _ALONG * update.square())
 
 
 def _length(x_D: Tensor) -> Tensor:

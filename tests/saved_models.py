@@ -9,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from families import build, token_ids
 from reference_scores import COMPONENTS, METRICS, ReferenceScores, one_thread, reference_scores
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from redundancy_trace.engine import score_checkpoint
 from redundancy_trace.errors import CheckpointError
@@ -81,6 +82,21 @@ def rewrite(source: Path, path: Path, change=lambda state: state, **config: obje
     fields = json.loads((source / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(fields | config))
     return path
+
+
+@cache
+def byte_level_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of 260 pieces, of which every byte is one."""
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    bpe = tokenizers.Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=260, special_tokens=["<s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator(["the cat sat on the mat"], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="<s>")
 
 
 def state_of(path: Path) -> dict[str, Tensor]:

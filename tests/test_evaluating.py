@@ -160,6 +160,7 @@ def test_an_export_is_measured_like_any_folder(checkpoint, plan, tmp_path, capsy
         (["DIR", "--text", "nowhere.txt"], ["--text nowhere.txt"]),
         (["DIR", "--text", "pydoc", "--stride", "99"], ["--stride"]),
         (["DIR", "--text", "pydoc", "--sequence-length", "65"], ["64", "--sequence-length"]),
+        (["DIR", "--text", "IDS", "--measure", "loss"], ["token id 899", "320 rows", "--text tokens:"]),
         (["DIR", "--rounds", "0"], ["--rounds", "at least 1"]),
         (["DIR", "--device", "abacus"], ["abacus"]),
         (["DIR", "--curve", "attn", "--plan", "LAYERS"], ["leave out --plan"]),
@@ -175,7 +176,9 @@ def test_what_cannot_be_used_is_refused(arguments, words, checkpoint, tiny_run, 
     (tmp_path / "other.json").write_text(json.dumps(plan))
     (tmp_path / "layers.json").write_text(json.dumps({**plan, "model": None, "n_layers": 9}))
     names = {"OTHER": "other.json", "LAYERS": "layers.json", "RUN_OF_MODELS": tiny_run, "DIR": checkpoint}
-    given = [tmp_path / names[one] if one in names else one.replace("DIR", str(checkpoint)) for one in arguments]
+    np.save(tmp_path / "ids.npy", np.full((2, 8), 899))
+    names = {name: tmp_path / file for name, file in names.items()} | {"IDS": f"tokens:{tmp_path / 'ids.npy'}"}
+    given = [names[one] if one in names else one.replace("DIR", str(checkpoint)) for one in arguments]
     before = sorted(path.name for path in checkpoint.iterdir())
     assert evaluated(*given) == 2
     told = capsys.readouterr().err

@@ -210,18 +210,5 @@ def test_spec_grammar():
             parse_spec(wrong)
 
 
-def test_published_orders_are_those_of_the_paper():
-    mistral = rt.published_orders("mistralai/Mistral-7B-v0.1")
-    assert mistral.attn == (25, 26, 24, 22, 27, 28, 23, 21)
-    assert mistral.n_layers == 32
-    llama = rt.published_orders("llama-2-13b-hf")
-    assert (llama.mlp[0], llama.block[-1]) == (31, 28)
-    assert rt.published_orders("EleutherAI/pythia-70m") is None
-    for orders in (mistral, llama):
-        for layers in (orders.attn, orders.mlp, orders.block):
-            assert len(set(layers)) == 8
-            assert all(0.6 < layer / orders.n_layers < 0.95 for layer in layers)
-
-
 def test_dropped_component_is_shown_as_it_is_named():
     assert str(DroppedComponent("mlp", 3)) == "mlp:3"

@@ -13,6 +13,7 @@ from redundancy_trace.similarity import (
     COMPARED,
     angular_distance,
     compare,
+    compare_lengths,
     cosine_similarity,
     pairwise_similarity,
     relative_norm,
@@ -153,8 +154,31 @@ def test_all_pairs_at_once_are_as_each_by_itself(seed, apart):
     first, noise = torch.randn(2, 5, 1, 48, generator=generator)
     rows_ND = first + apart * noise * torch.arange(4)[:, None]
     rows_ND[0, 1] = 0
-    units = unit(rows_ND)
-    found = pairwise_similarity(units)
+    wide = rows_ND.double()
+    units = wide / wide.norm(dim=-1, keepdim=True)
+    found = pairwise_similarity(rows_ND * 2.0 ** torch.tensor([-100, 0, 80, 1])[:, None])  # lengths do not matter
     expected = unit_similarity(*torch.broadcast_tensors(units.unsqueeze(-2), units.unsqueeze(-3)))
-    torch.testing.assert_close(found, expected, rtol=0, atol=2e-7, equal_nan=True)  # the other is float32
-    torch.testing.assert_close(1 - found[0], 1 - expected[0], rtol=1e-5, atol=1e-12, equal_nan=True)
+    expected[:, :, *torch.tril_indices(4, 4)] = torch.nan
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-7, equal_nan=True)
+    torch.testing.assert_close(1 - found[0], 1 - expected[0], rtol=1e-5, atol=5e-12, equal_nan=True)
+
+
+@given(rows(any_float), rows(any_float))
+def test_lengths_tell_what_the_rows_tell(x, update):
+    """Where |X|, |update| and X·update are said to be enough, they give what the rows give."""
+    lengths = torch.stack((x.norm(dim=-1), update.norm(dim=-1), (x * update).sum(dim=-1)))
+    found, enough = compare_lengths(lengths)
+    expected = compare(x, update)
+    torch.testing.assert_close(found[:, enough], expected[:, enough], rtol=0, atol=1e-6)
+    torch.testing.assert_close(1 - found[0, enough], 1 - expected[0, enough], rtol=1e-5, atol=1e-15)
+    assert not enough[is_zero(x) | is_zero(update) | ~torch.isfinite(x + update).all(dim=-1)].any()
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([1e-6, 1e-3, 1.0, 1e3]))
+def test_lengths_are_enough_for_ordinary_rows(seed, size):
+    x, update = torch.randn(2, 50, 64, generator=torch.Generator().manual_seed(seed))
+    found, enough = compare_lengths(
+        torch.stack((x.norm(dim=-1), (size * update).norm(dim=-1), (x * update * size).sum(dim=-1)))
+    )
+    assert enough.all()
+    torch.testing.assert_close(1 - found[0], 1 - compare(x, size * update)[0], rtol=1e-5, atol=1e-15)

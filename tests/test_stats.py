@@ -1,4 +1,5 @@
 import json
+import math
 import subprocess
 import sys
 
@@ -17,6 +18,7 @@ from redundancy_trace.analysis import (
     checkpoint_statistics,
     importance_trends,
     metric_values,
+    published_orders,
     training_stats,
 )
 from redundancy_trace.errors import InputError
@@ -297,3 +299,51 @@ def test_failed_checkpoints_are_named_as_given():
     assert [(one.revision, one.reason) for one in left] == [("step9", "could not be scored: no room")]
     with pytest.raises(InputError, match="calibrated on 'x'"):
         training_stats(fake_scores([0, 1]), calibration="x")
+
+
+def test_published_orders_are_those_of_the_paper():
+    mistral = published_orders("mistralai/Mistral-7B-v0.1")
+    assert mistral.attn == (25, 26, 24, 22, 27, 28, 23, 21)
+    assert mistral.n_layers == 32
+    llama = published_orders("llama-2-13b-hf")
+    assert (llama.mlp[0], llama.block[-1]) == (31, 28)
+    assert published_orders("EleutherAI/pythia-70m") is None
+    for orders in (mistral, llama):
+        for layers in (orders.attn, orders.mlp, orders.block):
+            assert len(set(layers)) == 8
+            assert all(0.6 < layer / orders.n_layers < 0.95 for layer in layers)
+    short = published_orders("meta-llama/Llama-2-7b-hf")
+    assert (short.attn, short.mlp, short.block[:3]) == ((), (), (27, 26, 25))
+
+
+def published_run(model="mistralai/Mistral-7B-v0.1", n_layers=32):
+    """The last checkpoint has the published order of attention but for two layers, and none of that of the MLPs."""
+    attn = ranked([25, 26, 24, 22, 27, 28, 1, 2], n_layers)
+    mlp, block = ranked(range(8), n_layers), ranked([21, 28, 22, 23, 27, 24, 25, 26], n_layers)
+    first = ranked([0], n_layers)
+    return scores_of(
+        {name: [first, last] for name, last in (("attn", attn), ("mlp", mlp), ("block", block))}, [0, 8], model=model
+    )
+
+
+def test_published_orders_stand_beside_those_of_the_last_checkpoint(tmp_path, capsys):
+    attn, mlp, block = training_stats(published_run()).published
+    assert (attn.here, attn.shared, attn.overlap) == ((25, 26, 24, 22, 27, 28, 1, 2), 6, 6 / 10)
+    assert attn.chance == pytest.approx(expected_jaccard(8, 32), abs=1e-12)
+    assert (mlp.shared, mlp.overlap, mlp.revision) == (0, 0.0, "step8")
+    assert (block.here, block.overlap) == ((21, 28, 22, 23, 27, 24, 25, 26), 1.0)
+    run = write_run(tmp_path / "run", published_run())
+    assert cli.run(["stats", str(run)]) == 0
+    told = capsys.readouterr().out
+    assert "Published drop orders of this model beside those of step8" in told
+    (line,) = (line for line in told.splitlines() if line.startswith("attn   25"))
+    assert " ".join(line.split()) == "attn 25 26 24 22 27 28 23 21 25 26 24 22 27 28 1 2 6 of 8 0.60 0.15"
+    assert "2406.15786" in told
+    for other in (published_run("org/other"), published_run(n_layers=31)):
+        assert training_stats(other).published == ()
+
+
+def expected_jaccard(k, n_layers):
+    """By counting: the mean overlap of a set of k with all sets of k."""
+    ways = {shared: math.comb(k, shared) * math.comb(n_layers - k, k - shared) for shared in range(k + 1)}
+    return sum(count * shared / (2 * k - shared) for shared, count in ways.items()) / math.comb(n_layers, k)

@@ -3,7 +3,7 @@
 `frames` checks and orders the rows; `axis` places the checkpoints in training; `duplicates` leaves out what repeats
 others; `summary` gives a row a checkpoint. `series` puts the importances of one stretch of training into matrices;
 `ranks` compares orders (arrays alone); `agreement` and `trends` say what they tell of training; `checks` asks what
-others found; `stats` is all of it.
+others found; `published` holds the drop orders of others; `stats` is all of it.
 """
 
 from redundancy_trace.analysis.agreement import calibration_agreement, drop_onset, rank_agreement, topk_overlap
@@ -12,10 +12,13 @@ from redundancy_trace.analysis.checks import Check
 from redundancy_trace.analysis.duplicates import blank_duplicates, leave_out_duplicates, mark_repeats
 from redundancy_trace.analysis.frames import (
     CHECKPOINT_COLUMNS,
+    BesidePublished,
+    PublishedOrders,
     calibration_first,
     checkpoint_order,
     metric_values,
     one_calibration,
+    published_orders,
 )
 from redundancy_trace.analysis.series import LeftOut, Series, main_series
 from redundancy_trace.analysis.stats import TrainingStats, training_stats
@@ -25,8 +28,10 @@ from redundancy_trace.analysis.trends import checkpoint_statistics, importance_t
 __all__ = [
     "CHECKPOINT_COLUMNS",
     "Axis",
+    "BesidePublished",
     "Check",
     "LeftOut",
+    "PublishedOrders",
     "Series",
     "TrainingStats",
     "blank_duplicates",
@@ -42,6 +47,7 @@ __all__ = [
     "mark_repeats",
     "metric_values",
     "one_calibration",
+    "published_orders",
     "rank_agreement",
     "topk_overlap",
     "training_axis",

@@ -9,6 +9,7 @@ import polars as pl
 from redundancy_trace.analysis.agreement import calibration_agreement, onset_of, quarter, shared_in_draws
 from redundancy_trace.analysis.checks import Check, all_checks
 from redundancy_trace.analysis.frames import complete, one_calibration
+from redundancy_trace.analysis.published import BesidePublished, beside_published
 from redundancy_trace.analysis.ranks import chance_overlap
 from redundancy_trace.analysis.series import INTERVAL, RESAMPLES, SEED, LeftOut, Series, main_series
 from redundancy_trace.analysis.trends import curves_frame, curves_of, trends_of
@@ -27,6 +28,7 @@ class TrainingStats:
         onsets: As `drop_onset`, with the column `component` in front.
         calibrations: As `calibration_agreement`, of all calibrations.
         checks: What others found, asked of this run.
+        published: Drop orders that were published of this model, beside those of the last checkpoint.
         left_out: Checkpoints that do not count: those of the series, and those that failed.
     """
 
@@ -38,6 +40,7 @@ class TrainingStats:
     onsets: pl.DataFrame
     calibrations: pl.DataFrame
     checks: tuple[Check, ...]
+    published: tuple[BesidePublished, ...]
     left_out: tuple[LeftOut, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -66,6 +69,7 @@ class TrainingStats:
             "statistics": self._statistics(),
             "calibrations": self.calibrations.to_dicts(),
             "checks": [asdict(check) for check in self.checks],
+            "published": [asdict(one) for one in self.published],
             "left_out": [asdict(one) for one in self.left_out],
         }
 
@@ -137,5 +141,6 @@ def training_stats(
         ),
         calibrations=between,
         checks=all_checks(series, curves, onsets, between),
+        published=beside_published(rows["model"][0], series),
         left_out=(*series.left_out, *failed),
     )

@@ -73,18 +73,31 @@ class LayerStates:
         return x if self.parallel else (x.float() + self.attn_update.float()).to(x.dtype)
 
     def components(self) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """For attn, mlp and block: name, X and update, float32; the block's update is its own output − X."""
+        """For attn, block and mlp: name, X and update, float32; the block's update is its own output − X.
+
+        Those that share one X follow each other and are handed the same tensor.
+        """
         x = self.resid_pre.float()
         yield "attn", x, self.attn_update.float()
-        yield "mlp", self.resid_mid.float(), self.mlp_update.float()
         yield "block", x, self.resid_post.float() - x
+        yield "mlp", x if self.parallel else self.resid_mid.float(), self.mlp_update.float()
 
     def tiles(self, n_tokens: int) -> Iterator["LayerStates"]:
         """The same, in pieces of shape (at most n_tokens, D), in order."""
-        tensors = (self.resid_pre, self.resid_post, self.attn_update, self.mlp_update)
-        tiles = (tensor.flatten(0, -2).split(n_tokens) for tensor in tensors)
+        tiles = (tensor.split(n_tokens) for tensor in self._flat())
         for x, y, attn, mlp in zip(*tiles, strict=True):
             yield LayerStates(x, y, attn, mlp, self.parallel)
+
+    def tokens(self, chosen: Tensor) -> "LayerStates":
+        """The same of some tokens, shape (n, D): those where `chosen`, shape (B·T,), bool, is true."""
+        chosen = chosen.to(self.resid_pre.device)
+        x, y, attn, mlp = (tensor[chosen] for tensor in self._flat())
+        return LayerStates(x, y, attn, mlp, self.parallel)
+
+    def _flat(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        tensors = (self.resid_pre, self.resid_post, self.attn_update, self.mlp_update)
+        x, y, attn, mlp = (tensor.flatten(0, -2) for tensor in tensors)
+        return x, y, attn, mlp
 
     def identity_error(self) -> float:
         """Largest |x + a + m − y| of a token, as a share of the largest number that the token has in x, a, m or y."""

@@ -57,6 +57,7 @@ def _print_stats(stats: "TrainingStats") -> None:
     typer.echo("\nWhat others found, asked of this run:")
     for check in stats.checks:
         typer.echo(f"{check.answer:9}  {check.question}\n{'':9}  {check.figure}")
+    _print_published(stats)
 
 
 def _print_head(stats: "TrainingStats") -> None:
@@ -161,6 +162,22 @@ def _print_calibrations(stats: "TrainingStats") -> None:
             for row in means.to_dicts()
         ],
     )
+
+
+def _print_published(stats: "TrainingStats") -> None:
+    if not stats.published:
+        return
+    typer.echo(
+        f"\nPublished drop orders of this model beside those of {stats.published[0].revision}, most redundant first:"
+    )
+    rows = []
+    for one in stats.published:
+        published, here = (" ".join(map(str, layers)) for layers in (one.published, one.here))
+        shared = f"{one.shared} of {len(one.published)}"
+        rows.append([one.component, published, here, shared, _decimal(one.overlap), _decimal(one.chance)])
+    print_table(["", "published", "here", "shared", "overlap", "by chance"], rows)
+    for source in dict.fromkeys(one.source for one in stats.published):
+        typer.echo(f"({source}.)")
 
 
 def _ends(curves: "pl.DataFrame", component: str, statistic: str) -> tuple[float | None, float | None] | None:

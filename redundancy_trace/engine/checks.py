@@ -6,6 +6,7 @@ import numpy as np
 
 from redundancy_trace.blocks import TOLERANCE, LayerStates
 from redundancy_trace.calibration import check_ids, check_length
+from redundancy_trace.engine.sums import tile_tokens
 from redundancy_trace.errors import CheckpointError, InputError
 
 
@@ -34,7 +35,8 @@ def check_identity(states: LayerStates, layer: int) -> None:
         CheckpointError: If x + a + m misses the layer's output by more than the compute dtype explains.
     """
     dtype = states.resid_post.dtype
-    error = states.identity_error()
+    tiles = states.tiles(tile_tokens(states.resid_post.device, states.resid_post.shape[-1]))
+    error = max(tile.identity_error() for tile in tiles)
     if error > TOLERANCE[dtype]:
         raise CheckpointError(
             f"Layer {layer}: input + attention + MLP misses the layer's own output by {error:.1e} (relative; "

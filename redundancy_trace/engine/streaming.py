@@ -1,7 +1,6 @@
 """The streaming engine: layer by layer in one pass, in memory that does not grow with depth."""
 
 from collections.abc import Callable, Hashable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from redundancy_trace.blocks import (
     tap,
 )
 from redundancy_trace.engine.checks import check_calibration, check_identity
+from redundancy_trace.engine.reading import reading_ahead
 from redundancy_trace.engine.sums import (
     DistanceSums,
     LayerSums,
@@ -72,7 +72,8 @@ def score_folder(
     model = empty.model
     layers_name, layers = find_layers(model)
     check_calibration(token_ids, model)
-    with torch.no_grad(), _reading_ahead(empty, layers_name, len(layers)) as layer_tensors:
+    names = [empty.stored_names(f"{layers_name}.{index}") for index in range(len(layers))]
+    with torch.no_grad(), reading_ahead(empty.weights, names, device) as layer_tensors:
         ids = torch.as_tensor(token_ids, dtype=torch.long)
         inputs = _load_outside_layers_(empty, layers_name, ids).to(device)
         batches = [inputs[i : i + batch_size] for i in range(0, len(inputs), batch_size)]
@@ -87,7 +88,8 @@ def score_folder(
             with _loaded(empty, layers[index], layer_tensors(index)) as layer:
                 kind = layer_kind(layers, index, model.config)
                 if kind not in proven:
-                    x, given = states[0][:1, :PROBE_TOKENS], probe.arguments[index]
+                    # A copy: of what was made in `inference_mode`, torch does not tell whether it was overwritten.
+                    x, given = states[0][:1, :PROBE_TOKENS].clone(), probe.arguments[index]
                     proven[kind] = prove(layer, index, x, given.args, given.kwargs, model.config)
                 sums = LayerSums(index)
                 _run_layer_(layer, proven[kind], states, arguments, index, sums)
@@ -250,25 +252,6 @@ def _embed(
 
 
 @contextmanager
-def _reading_ahead(empty: EmptyModel, layers_name: str, count: int) -> Iterator[Callable[[int], dict[str, Tensor]]]:
-    """The stored tensors of each layer, asked for in turn; the next layer's are read while one is at work."""
-    names = [empty.stored_names(f"{layers_name}.{index}") for index in range(count)]
-    pool = ThreadPoolExecutor(1, "reading-ahead")
-    ahead = {0: pool.submit(empty.weights.read, names[0])}
-
-    def take(index: int) -> dict[str, Tensor]:
-        tensors = ahead.pop(index).result()
-        if index + 1 < count:
-            ahead[index + 1] = pool.submit(empty.weights.read, names[index + 1])
-        return tensors
-
-    try:
-        yield take
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-
-
-@contextmanager
 def _loaded(empty: EmptyModel, layer: nn.Module, tensors: dict[str, Tensor]) -> Iterator[nn.Module]:
     """One layer with its weights, which are let go at the end."""
     empty.load_(tensors, tensors)
@@ -296,7 +279,7 @@ def _run_layer_(
             check_identity(seen, index)
         states[current] = seen.resid_post
 
-    with tap(layer, decomposition, on_states):
+    with torch.inference_mode(), tap(layer, decomposition, on_states):
         for current, state in enumerate(states):  # noqa: B007 - read by on_states
             given = arguments[len(state)][index]
             layer(state, *given.args, **given.kwargs)

@@ -9,19 +9,21 @@ from torch import Tensor
 
 from redundancy_trace.blocks import LayerStates, not_finite
 from redundancy_trace.errors import CheckpointError
-from redundancy_trace.metrics import Distance, Value
-from redundancy_trace.similarity import COMPARED, compare, pairwise_similarity, to_float64, unit
+from redundancy_trace.metrics import COMPONENTS, Distance, Value
+from redundancy_trace.similarity import COMPARED, compare, compare_lengths, pairwise_similarity, to_float64
 
 # States of all layers that the block-distance matrix may hold, in bytes of float32.
 DISTANCE_BYTES = 256 * 2**20
-# Numbers of a tile: on the CPU what stays in its cache, elsewhere what keeps temporary memory small.
-_TILE = {"cpu": 2**18}
+# Numbers of a tile: on the CPU what a thread keeps in its cache (below, starting the threads takes longer than their
+# work), elsewhere what keeps temporary memory small.
+_TILE_OF_A_THREAD = 2**19
 _LARGE_TILE = 2**24
 
 
 def tile_tokens(device: torch.device, width: int) -> int:
     """How many tokens of a width are compared at a time."""
-    return max(1, _TILE.get(device.type, _LARGE_TILE) // width)
+    numbers = _TILE_OF_A_THREAD * torch.get_num_threads() if device.type == "cpu" else _LARGE_TILE
+    return max(1, numbers // width)
 
 
 def mean_and_error(sums_N: np.ndarray, counts_N: np.ndarray) -> tuple[float | None, float | None, int, int]:
@@ -50,8 +52,8 @@ class LayerSums:
     """Running sums of one layer; batches arrive in order."""
 
     layer: int
-    _sums: dict[str, list[np.ndarray]] = field(default_factory=dict)
-    _counts: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    _sums: list[np.ndarray] = field(default_factory=list)
+    _counts: list[np.ndarray] = field(default_factory=list)
 
     def add(self, states: LayerStates) -> None:
         """Add one batch.
@@ -59,32 +61,52 @@ class LayerSums:
         Raises:
             CheckpointError: If a state is not finite: it names the layer and the dtype, and is never made a rank.
         """
-        batch, length, width = states.resid_pre.shape
-        found: dict[str, list[Tensor]] = {}
-        for tile in states.tiles(tile_tokens(states.resid_pre.device, width)):
-            for component, x, update in tile.components():
-                found.setdefault(component, []).append(compare(x, update))
-        for component, parts in found.items():
-            compared = torch.cat(parts, dim=1).unflatten(1, (batch, length))
-            if bool(compared.isinf().any()):
-                dtype = states.resid_post.dtype
-                raise CheckpointError(not_finite(f"the {component} of layer {self.layer}", dtype))
-            counted = ~compared.isnan()
-            sums = torch.where(counted, compared, 0).sum(dim=-1).cpu().numpy()
-            self._sums.setdefault(component, []).append(sums)
-            self._counts.setdefault(component, []).append(counted.sum(dim=-1).cpu().numpy())
+        compared, enough = compare_lengths(_lengths(states))
+        if not bool(enough.all()):
+            _compare_again_(compared, states, ~enough)
+        compared = compared.unflatten(-1, states.resid_pre.shape[:2])
+        counted = ~compared.isnan()
+        sums_MCB = torch.where(counted, compared, 0).sum(dim=-1).cpu().numpy()
+        for component, sums in zip(COMPONENTS, sums_MCB.swapaxes(0, 1), strict=True):
+            if np.isinf(sums).any():
+                what = f"the {component} of layer {self.layer}"
+                raise CheckpointError(not_finite(what, states.resid_post.dtype))
+        self._sums.append(sums_MCB)
+        self._counts.append(counted.sum(dim=-1).cpu().numpy())
 
     def values(self) -> list[Value]:
         """Every metric of attn, mlp and block of this layer."""
-        values = []
-        for component, sums in self._sums.items():
-            sums_MN = np.concatenate(sums, axis=1)
-            counts_MN = np.concatenate(self._counts[component], axis=1)
-            values += [
-                Value(self.layer, component, metric, *mean_and_error(sums_MN[i], counts_MN[i]))
-                for i, metric in enumerate(COMPARED)
-            ]
-        return values
+        sums_MCN, counts_MCN = np.concatenate(self._sums, axis=-1), np.concatenate(self._counts, axis=-1)
+        return [
+            Value(self.layer, component, metric, *mean_and_error(sums_MCN[i, c], counts_MCN[i, c]))
+            for c, component in enumerate(COMPONENTS)
+            for i, metric in enumerate(COMPARED)
+        ]
+
+
+def _lengths(states: LayerStates) -> Tensor:
+    """|X|, |update| and X·update of each component and token, shape (3, 3, B·T), float32; each state is read once."""
+    batch, length, width = states.resid_pre.shape
+    lengths = states.resid_pre.new_empty(3, len(COMPONENTS), batch * length, dtype=torch.float32)
+    step = tile_tokens(states.resid_pre.device, width)
+    for tile, part in zip(states.tiles(step), lengths.split(step, dim=-1), strict=True):
+        last_x = None
+        for component, x, update in tile.components():
+            of_x, of_update, dot = part[:, COMPONENTS.index(component)]
+            if x is not last_x:
+                last_x, x_lengths = x, torch.linalg.vector_norm(x, dim=-1)
+            of_x.copy_(x_lengths)
+            torch.linalg.vector_norm(update, dim=-1, out=of_update)
+            # A sum of products, not a matrix product, which may be set to round to fewer digits.
+            torch.sum(x * update, dim=-1, out=dot)
+    return lengths
+
+
+def _compare_again_(compared: Tensor, states: LayerStates, wanted: Tensor) -> None:
+    """Replace, in place, what lengths do not tell: shapes (4, 3, B·T) and (3, B·T) of bool."""
+    for component, x, update in states.tokens(wanted.any(dim=0)).components():
+        c = COMPONENTS.index(component)
+        compared[:, c, wanted[c]] = compare(x, update)[:, wanted[c][wanted.any(dim=0)]].to(compared.device)
 
 
 @dataclass
@@ -119,33 +141,31 @@ class DistanceSums:
     """Residual states h_0 … h_L of the first sequences, compared each with each."""
 
     n_sequences: int
-    _units: list[Tensor] = field(default_factory=list)
-    _parts: list[Tensor] = field(default_factory=list)
-    _seen: int = 0
+    _states: list[list[Tensor]] = field(default_factory=lambda: [[]])
 
     def add(self, states_BTD: Tensor) -> None:
         """Add one batch of the present state; sequences beyond the first `n_sequences` are passed over."""
-        wanted = self.n_sequences - self._seen
+        wanted = self.n_sequences - sum(map(len, self._states[-1]))
         if wanted > 0:
-            self._parts.append(unit(states_BTD[:wanted]))
-            self._seen += min(wanted, len(states_BTD))
+            self._states[-1].append(states_BTD[:wanted].clone())
 
     def close(self) -> None:
         """The present state is complete."""
-        self._units.append(torch.cat(self._parts).flatten(0, -2))
-        self._parts, self._seen = [], 0
+        self._states.append([])
 
     def distances(self) -> tuple[Distance, ...]:
         """All cells with layer < to_layer."""
-        n_states, (n_tokens, width) = len(self._units), self._units[0].shape
+        batches = list(zip(*self._states[:-1], strict=True))
+        n_states, width = len(batches[0]), batches[0][0].shape[-1]
         sums = torch.zeros(len(COMPARED[:2]), n_states, n_states, dtype=torch.float64)
         counts = torch.zeros(n_states, n_states, dtype=torch.int64)
-        step = max(1, tile_tokens(self._units[0].device, width) // n_states)
-        for start in range(0, n_tokens, step):
-            both = pairwise_similarity(torch.stack([unit[start : start + step] for unit in self._units], dim=1))
-            counted = ~both[0].isnan()
-            sums += torch.where(counted, both, 0).sum(dim=1).cpu()
-            counts += counted.sum(dim=0).cpu()
+        step = max(1, tile_tokens(batches[0][0].device, width) // n_states)
+        for states in batches:
+            for tile in zip(*(state.flatten(0, -2).split(step) for state in states), strict=True):
+                both = pairwise_similarity(torch.stack(tile, dim=1))
+                counted = ~both[0].isnan()
+                sums += torch.where(counted, both, 0).sum(dim=1).cpu()
+                counts += counted.sum(dim=0).cpu()
         cells = [(i, j) for i in range(n_states) for j in range(i + 1, n_states)]
         return tuple(
             Distance(i, j, metric, float(sums[k, i, j]) / n if (n := int(counts[i, j])) else None, n)

@@ -4,6 +4,7 @@
 `dropping` carries plans out one after the other; `measuring` makes rows of all of it.
 """
 
+from redundancy_trace.evaluation.loss import text_errors
 from redundancy_trace.evaluation.measuring import (
     along_rows,
     curve_plans,
@@ -12,7 +13,7 @@ from redundancy_trace.evaluation.measuring import (
     speed_rows,
     task_rows,
 )
-from redundancy_trace.evaluation.speed import Load
+from redundancy_trace.evaluation.speed import Load, positions_of
 from redundancy_trace.evaluation.windows import Windows, counted_sequences, cut_windows, tokens_needed
 
 __all__ = [
@@ -24,7 +25,9 @@ __all__ = [
     "curve_rows",
     "cut_windows",
     "loss_rows",
+    "positions_of",
     "speed_rows",
     "task_rows",
+    "text_errors",
     "tokens_needed",
 ]

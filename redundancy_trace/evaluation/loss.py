@@ -1,6 +1,8 @@
 """Next-token loss over windows of text: the quality of a model in one number, with its standard error."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -8,8 +10,9 @@ import numpy as np
 import torch
 
 from redundancy_trace.blocks import not_finite
-from redundancy_trace.engine.scoring import choose_batch_size
-from redundancy_trace.errors import CheckpointError
+from redundancy_trace.engine import choose_batch_size
+from redundancy_trace.engine.checks import check_calibration
+from redundancy_trace.errors import CheckpointError, InputError
 from redundancy_trace.evaluation.windows import Windows
 from redundancy_trace.similarity import to_float64
 from redundancy_trace.store import Evaluated
@@ -65,6 +68,16 @@ class TextLoss:
         return numbers
 
 
+@contextmanager
+def text_errors() -> Iterator[None]:
+    """What is wrong with a text, told in the words of an evaluation."""
+    try:
+        yield
+    except InputError as error:
+        told = str(error).replace("--calibration", "--text").replace("The calibration", "The text")
+        raise InputError(told) from error
+
+
 def _ratio_and_error(sums_W: np.ndarray, sizes_W: np.ndarray) -> tuple[float, float | None]:
     """Σ sums / Σ sizes, and its standard error over windows of unequal size; None of one window.
 
@@ -88,8 +101,11 @@ def text_loss(model: Any, windows: Windows, *, batch_size: int | None = None) ->
         batch_size: Windows at a time; None = about 4096 tokens; halved where they do not fit the device's memory.
 
     Raises:
+        InputError: The model has no embedding row for an id, or fewer positions than a window has tokens.
         CheckpointError: The loss is not finite, or not even one window fits the device.
     """
+    with text_errors():
+        check_calibration(windows.ids, model)
     size = choose_batch_size(batch_size, windows.ids.shape[1], len(windows.ids))
     while True:
         try:

@@ -23,7 +23,7 @@ from redundancy_trace.store import Evaluated
 if TYPE_CHECKING:
     import polars as pl
 
-    from redundancy_trace.evaluation.tasks import TaskSet
+    from redundancy_trace.evaluation.tasks import LoadedTasks
 
 Plans = Sequence[DropPlan | None]
 
@@ -46,16 +46,14 @@ def speed_rows(model: Any, load: Load, plans: Plans = (None,)) -> list[Evaluated
 
 
 def task_rows(
-    model: Any, tokenizer: Any, tasks: "TaskSet", plans: Plans = (None,), *, batch_size: int | None = None
+    model: Any, tokenizer: Any, tasks: "LoadedTasks", plans: Plans = (None,), *, batch_size: int | None = None
 ) -> list[Evaluated]:
     """Every metric of every task of lm-eval under each plan."""
-    from redundancy_trace.evaluation.tasks import measure_tasks
-
     dropper = _dropper(model, plans)
     numbers = []
     for plan in plans:
         with nullcontext() if plan is None else dropper.dropped(plan):
-            found = measure_tasks(model, tokenizer, tasks, batch_size=batch_size)
+            found = tasks.ask(model, tokenizer, batch_size=batch_size)
         numbers += [with_plan(number, plan) for number in found]
     return _where(model, numbers)
 

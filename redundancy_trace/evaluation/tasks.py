@@ -3,8 +3,9 @@
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,11 @@ from redundancy_trace.errors import InputError, first_line, nearest
 from redundancy_trace.store import Evaluated
 
 _INSTALL = "pip install 'redundancy-trace[eval]'"
-# Questions that are drawn for few-shot examples come from these, whatever the caller's state.
-_SEEDS = {
-    "random_seed": 0,
-    "numpy_random_seed": 1234,
-    "torch_random_seed": 1234,
-    "fewshot_random_seed": 1234,
-}
+# Draws the examples that stand in front of a question, whatever the caller's state; lm-eval's own default.
+_FEWSHOT_SEED = 1234
+_BATCH = 8
+# Draws for the standard error of a metric that has no formula for it.
+_BOOTSTRAPS = 1000
 
 
 @dataclass(frozen=True)
@@ -55,59 +54,90 @@ def load_harness() -> Any:
     return lm_eval
 
 
-def check_tasks(tasks: TaskSet) -> Any:
-    """The manager that knows the tasks.
+class LoadedTasks:
+    """Tasks with their data, asked again and again."""
 
-    Raises:
-        InputError: lm-eval is not installed, there is no such folder, or no task of that name (names the nearest).
-    """
-    harness = load_harness()
-    if tasks.folder is not None and not tasks.folder.is_dir():
-        raise InputError(f"--task-folder {tasks.folder} is no folder.")
-    with _quiet():
-        manager = harness.tasks.TaskManager(include_path=None if tasks.folder is None else str(tasks.folder))
-    known = manager.all_tasks
-    for name in tasks.names:
-        if name not in known:
-            like = nearest(name, known)
-            hint = f" Did you mean {', '.join(like)}?" if like else ""
-            raise InputError(f"lm-eval knows no task {name!r} among its {len(known):,}.{hint}")
-    return manager
+    def __init__(self, tasks: TaskSet, *, shows_progress: bool = False) -> None:
+        """Load them.
 
+        Args:
+            tasks: Which.
+            shows_progress: Whether lm-eval's bars are shown while a model is asked.
 
-def measure_tasks(model: Any, tokenizer: Any, tasks: TaskSet, *, batch_size: int | None = None) -> list[Evaluated]:
-    """Every metric of every task, as lm-eval itself computes it, with its standard error.
+        Raises:
+            InputError: lm-eval is not installed; there is no such folder; no task of that name (names the nearest); or
+                its data cannot be had.
+        """
+        self._harness = load_harness()
+        self._shows_progress = shows_progress
+        self.version: str = self._harness.__version__
+        with _undisturbed(shows_progress=False):
+            manager = self._manager(tasks)
+            with _told_of(tasks):
+                self._loaded = manager.load(list(tasks.names))
+        self._limit = tasks.limit
+        for task in self._loaded["tasks"].values():
+            # As lm-eval has it: a task that says 0 examples itself gets none.
+            given = task.get_config("num_fewshot")
+            if given is None or (tasks.shots is not None and given != 0):
+                task.set_config(key="num_fewshot", value=tasks.shots or 0)
+            task.set_fewshot_seed(seed=_FEWSHOT_SEED)
+        self._tasks = tasks
 
-    Args:
-        model: A causal language model of transformers.
-        tokenizer: Its tokenizer.
-        tasks: Which tasks.
-        batch_size: Questions at a time; None = 8.
+    def _manager(self, tasks: TaskSet) -> Any:
+        """What knows the tasks."""
+        if tasks.folder is not None and not tasks.folder.is_dir():
+            raise InputError(f"--task-folder {tasks.folder} is no folder.")
+        with _told_of(tasks):
+            if tasks.folder is not None:  # those of lm-eval itself take seconds to list
+                manager = self._harness.tasks.TaskManager(include_path=str(tasks.folder), include_defaults=False)
+                if set(tasks.names) <= set(manager.all_subtasks):
+                    return manager
+            manager = self._harness.tasks.TaskManager(include_path=None if tasks.folder is None else str(tasks.folder))
+        known = manager.all_tasks
+        for name in tasks.names:
+            if name not in known:
+                like = nearest(name, known)
+                hint = f" Did you mean {', '.join(like)}?" if like else ""
+                raise InputError(f"lm-eval knows no task {name!r} among its {len(known):,}.{hint}")
+        return manager
 
-    Raises:
-        InputError: lm-eval is not installed, knows no such task, or cannot have its data.
-    """
-    manager = check_tasks(tasks)
-    harness = load_harness()
-    with _quiet():
-        lm = harness.models.huggingface.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size or 8)
-        try:
-            found = harness.simple_evaluate(
-                model=lm,
-                tasks=list(tasks.names),
-                num_fewshot=tasks.shots,
-                limit=tasks.limit,
-                task_manager=manager,
-                log_samples=False,
-                bootstrap_iters=1000,
-                **_SEEDS,
+    def ask(self, model: Any, tokenizer: Any, *, batch_size: int | None = None) -> list[Evaluated]:
+        """Every metric of every task, as lm-eval itself computes it, with its standard error.
+
+        Args:
+            model: A causal language model of transformers.
+            tokenizer: Its tokenizer.
+            batch_size: Questions at a time; None = 8.
+
+        Raises:
+            InputError: lm-eval cannot do these tasks with this model.
+        """
+        with _undisturbed(shows_progress=self._shows_progress), _told_of(self._tasks):
+            lm = self._harness.models.huggingface.HFLM(
+                pretrained=model, tokenizer=tokenizer, batch_size=batch_size or _BATCH
             )
-        except (OSError, ValueError, RuntimeError) as error:  # what fetching and reading data raises
-            raise InputError(
-                f"lm-eval cannot do {', '.join(tasks.names)}: {first_line(error)}. Without a network, give tasks whose "
-                "data are here with --task-folder."
-            ) from error
-    return list(_numbers(found))
+            found = self._harness.evaluate(
+                lm, self._loaded, limit=self._limit, log_samples=False, bootstrap_iters=_BOOTSTRAPS
+            )
+        return list(_numbers(found))
+
+
+@contextmanager
+def _told_of(tasks: TaskSet) -> Iterator[None]:
+    """What fetching and reading a task's data raises, told as the user's."""
+    try:
+        yield
+    except AssertionError as error:
+        raise InputError(
+            f"lm-eval cannot ask this model {', '.join(tasks.names)} ({first_line(error)}): an answer may be longer "
+            "than the model's positions."
+        ) from error
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise InputError(
+            f"lm-eval cannot do {', '.join(tasks.names)}: {first_line(error)}. Without a network, give tasks whose "
+            "data are here with --task-folder."
+        ) from error
 
 
 def _numbers(found: dict[str, Any]) -> Iterator[Evaluated]:
@@ -131,8 +161,8 @@ def _numbers(found: dict[str, Any]) -> Iterator[Evaluated]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """No remarks and bars of lm-eval and datasets, and the caller's random states as they were."""
+def _undisturbed(*, shows_progress: bool) -> Iterator[None]:
+    """No remarks, no bars unless wanted; the caller's random states are as before afterwards."""
     import random
     import warnings
 
@@ -143,11 +173,15 @@ def _quiet() -> Iterator[None]:
     bars = is_progress_bar_enabled()
     logger = logging.getLogger("lm_eval")
     level = logger.level
-    state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 - what lm-eval seeds
+    state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 - what lm-eval draws from
     logger.setLevel(logging.ERROR)
     disable_progress_bar()
     try:
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        with (
+            warnings.catch_warnings(),
+            torch.random.fork_rng(devices=[]),
+            nullcontext() if shows_progress else redirect_stderr(StringIO()),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:

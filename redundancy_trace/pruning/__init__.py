@@ -1,19 +1,16 @@
 """Drop components of a model: plans of what goes, the drop in memory, and exports that others can run.
 
-`plans` is what a plan is, `selecting` makes one from scores, `iterating` by scoring again and again, `published` knows
-those of the paper; `inplace` drops in memory. Plans need no torch.
+`plans` is what a plan is, `selecting` makes one from scores, `iterating` by scoring again and again; `inplace` drops in
+memory. Plans need no torch.
 """
 
 from redundancy_trace.pruning.plans import DroppedComponent, DropPlan, read_plan
-from redundancy_trace.pruning.published import PublishedOrders, published_orders
 from redundancy_trace.pruning.selecting import parse_spec, plan_drop
 
 __all__ = [
     "DropPlan",
     "DroppedComponent",
-    "PublishedOrders",
     "parse_spec",
     "plan_drop",
-    "published_orders",
     "read_plan",
 ]

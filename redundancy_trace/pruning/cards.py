@@ -38,18 +38,20 @@ class Effect:
         n_tokens: Predicted tokens.
         before: Mean loss of the whole model, nats per token.
         after: Mean loss of the pruned one.
+        dtype: In which both were computed.
     """
 
     calibration: str
     n_tokens: int
     before: float
     after: float
+    dtype: str
 
     def told(self) -> str:
         """The losses in a line."""
         return (
             f"loss on {self.calibration}: {self.before:.4f} before, {self.after:.4f} after (nats per token, "
-            f"{self.n_tokens:,} tokens)"
+            f"{self.n_tokens:,} tokens, {self.dtype})"
         )
 
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from redundancy_trace.pruning.sources import Source
 
 FORMATS = ("native", "zeroed", "hf", "nemotron-nas", "gguf")
+# Proven by an engine that computes in float32 whatever the dtype of the files.
+_NEED_FLOAT32 = ("gguf",)
 OnLine = Callable[[str], None]
 
 
@@ -157,9 +159,9 @@ def _exported(
     written = import_module(f"redundancy_trace.pruning.formats.{form.replace('-', '_')}")
     source = open_source(checkpoint.folder, trust_remote_code=checkpoint.trust_remote_code)
     written.check(source, plan)
-    effect = _effect(checkpoint, plan, text, device, dtype, say) if text.known or text.is_used else None
+    effect = _effect(source, checkpoint, plan, text, device, dtype, say) if text.known or text.is_used else None
     say("Computing what the drop in place computes …")
-    reference, sizes = _reference(source, checkpoint, plan)
+    reference, sizes = _reference(source, checkpoint, plan, in_float32=form in _NEED_FLOAT32)
     part = part_of(target)
     with ExitStack() as undo:
         undo.callback(shutil.rmtree, part, ignore_errors=True)
@@ -186,7 +188,9 @@ def _exported(
     return PruneResult(target, form, plan, checkpoint.commit, proof, sizes, effect)
 
 
-def _effect(checkpoint: OpenCheckpoint, plan: DropPlan, text: Text, device: str, dtype: str, say: OnLine) -> Effect:
+def _effect(
+    source: "Source", checkpoint: OpenCheckpoint, plan: DropPlan, text: Text, device: str, dtype: str, say: OnLine
+) -> Effect:
     from redundancy_trace.engine import choose_device, choose_dtype
     from redundancy_trace.pruning.inplace import dropped
     from redundancy_trace.pruning.losses import mean_loss
@@ -194,39 +198,49 @@ def _effect(checkpoint: OpenCheckpoint, plan: DropPlan, text: Text, device: str,
 
     say(f"Measuring the loss before and after, on {text.label} …")
     at = choose_device(device)
+    in_memory = dtype == "auto" and at.type == "cpu"
+    compute = proof_dtype(source.n_parameters, source.stored_dtype) if in_memory else choose_dtype(dtype, at)
     model = load_whole_model(
-        checkpoint.folder,
-        device=at,
-        dtype=choose_dtype(dtype, at),
-        trust_remote_code=checkpoint.trust_remote_code,
+        checkpoint.folder, device=at, dtype=compute, trust_remote_code=checkpoint.trust_remote_code
     )
     ids = text.token_ids
     before, n_tokens = mean_loss(model, ids)
     with dropped(model, plan):
         after, _ = mean_loss(model, ids)
-    return Effect(text.label, n_tokens, before, after)
+    return Effect(text.label, n_tokens, before, after, str(compute).removeprefix("torch."))
 
 
-def _reference(source: "Source", checkpoint: OpenCheckpoint, plan: DropPlan) -> tuple[Reference, Sizes]:
-    """What the drop in place computes on the CPU, and sizes before and after."""
+def _reference(
+    source: "Source", checkpoint: OpenCheckpoint, plan: DropPlan, *, in_float32: bool
+) -> tuple[Reference, Sizes]:
+    """What the drop in place computes on the CPU, and sizes before and after.
+
+    Args:
+        source: The checkpoint, as its headers tell.
+        checkpoint: The same.
+        plan: What is dropped.
+        in_float32: Whether it must be computed in float32 also where a copy in float32 has no room.
+    """
     import torch
 
     from redundancy_trace.pruning.inplace import drop_
+    from redundancy_trace.pruning.widening import widen_
     from redundancy_trace.weights import load_whole_model
 
-    stored = [source.empty.weights.info[tensor.name].dtype for tensor in source.tensors()]
-    count = sum(parameter.numel() for parameter in source.empty.model.parameters())
+    dtype = proof_dtype(source.n_parameters, source.stored_dtype)
     model = load_whole_model(
         checkpoint.folder,
         device=torch.device("cpu"),
-        dtype=proof_dtype(count, max(set(stored), key=stored.count)),
+        dtype=dtype,
         trust_remote_code=checkpoint.trust_remote_code,
     )
+    if in_float32 and dtype != torch.float32:
+        model, dtype = widen_(model), torch.float32
     config = model.config
     positions = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
     ids, prompt = probe(model.get_input_embeddings().weight.shape[0], positions if isinstance(positions, int) else None)
-    whole = reference_of(model, ids, prompt)
-    reference = reference_of(drop_(model, plan), ids, prompt)
+    whole = reference_of(model, ids, prompt, dtype, new_tokens=1)
+    reference = reference_of(drop_(model, plan), ids, prompt, dtype)
     sizes = Sizes(
         (whole.n_parameters, reference.n_parameters), (whole.cache_bytes, reference.cache_bytes), reference.dtype
     )

@@ -103,15 +103,17 @@ def probe(vocabulary: int, positions: int | None) -> tuple[np.ndarray, np.ndarra
     return ids, ids[:1, : max(1, min(PROMPT_TOKENS, room - NEW_TOKENS))]
 
 
-def reference_of(model: Any, ids: np.ndarray, prompt: np.ndarray) -> Reference:
-    """What a model in memory computes on a probe."""
-    found = reload.computed(model, ids, prompt, NEW_TOKENS)
+def reference_of(
+    model: Any, ids: np.ndarray, prompt: np.ndarray, dtype: torch.dtype, *, new_tokens: int = NEW_TOKENS
+) -> Reference:
+    """What a model in memory computes on a probe, in a dtype that may be wider than that of its weights."""
+    found = reload.computed(model, ids, prompt, new_tokens)
     return Reference(
         ids=ids,
         prompt=prompt,
         logits=found["logits"],
         tokens=found["tokens"],
-        dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+        dtype=str(dtype).removeprefix("torch."),
         n_parameters=int(found["n_parameters"]),
         cache_bytes=float(found["cache_bytes"]),
     )

@@ -3,6 +3,7 @@
 Nothing but headers is read. How a layer is cut is found on layers with random weights, see `blocks.dropping`.
 """
 
+import math
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +70,17 @@ class Source:
         """Whether the model's class is not one of transformers."""
         return not type(self.empty.model).__module__.startswith("transformers.models.")
 
+    @property
+    def n_parameters(self) -> int:
+        """Numbers that are stored for the model."""
+        return sum(self._sizes().values())
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """The dtype that most of the stored numbers have."""
+        sizes = self._sizes()
+        return max(sizes, key=sizes.__getitem__)
+
     def tensors(self) -> Iterator[StoredTensor]:
         """Every tensor that the model needs, in file order; buffers that are recomputed are left out."""
         for name in self.empty.weights.info:
@@ -94,6 +106,13 @@ class Source:
                     found[key] = parameters_to_zero(trials[key[0]], component)
                 names |= {f"{self.layers_name}.{layer}.{inside}" for inside in found[key]}
         return frozenset(names)
+
+    def _sizes(self) -> dict[torch.dtype, int]:
+        sizes: dict[torch.dtype, int] = {}
+        for tensor in self.tensors():
+            info = self.empty.weights.info[tensor.name]
+            sizes[info.dtype] = sizes.get(info.dtype, 0) + math.prod(info.shape)
+        return sizes
 
     def _kind(self, index: int) -> Hashable:
         return layer_kind(self.layers, index, self.config)

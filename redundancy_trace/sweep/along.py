@@ -3,10 +3,12 @@
 import json
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from redundancy_trace.checkpoints import Checkpoint, Listing, listing_from_json
+from redundancy_trace.cluster import told
 from redundancy_trace.errors import InputError
 from redundancy_trace.fetching import Fetched, discard, is_kept, keep
 from redundancy_trace.hub import Hub
@@ -25,15 +27,9 @@ from redundancy_trace.store import (
     tidy_run,
     write_evaluations,
 )
-from redundancy_trace.sweep.evaluating import (
-    EvaluationResult,
-    identity_of_facts,
-    positions_of,
-    text_errors,
-    windows_facts,
-)
+from redundancy_trace.sweep.evaluating import EvaluationResult, identity_of_facts, windows_facts
 from redundancy_trace.sweep.interrupting import interrupts_kept
-from redundancy_trace.sweep.pipeline import awaited, fetching_ahead, reason_of
+from redundancy_trace.sweep.pipeline import awaited, fetching_ahead
 from redundancy_trace.sweep.tasks import Task, labels_of
 
 if TYPE_CHECKING:
@@ -128,7 +124,7 @@ def _scores_of(folder: Path) -> "pl.DataFrame":
 def _held_out(settings: EvaluationSettings, run: Run, listing: Listing, hub: Hub, reporter: Reporter) -> "Windows":
     """Windows in the shape of the run's calibration: of the same text from where that ends, or of another text."""
     from redundancy_trace.calibration import load_stream, made_from, tokenizer_sources
-    from redundancy_trace.evaluation import cut_windows, tokens_needed
+    from redundancy_trace.evaluation import cut_windows, text_errors, tokens_needed
 
     record = run.calibrations[0]
     source = made_from(run.folder, record.sha256)
@@ -236,13 +232,13 @@ def _measure_all(
             except Exception as error:
                 if isinstance(error, InputError) and number == len(failures):
                     raise  # none could be measured so far: it is the input, not this checkpoint
-                failures[name] = reason_of(error)
-                reporter.finished(f"{name}: not measured: {failures[name]}")
+                failures[name] = str(told(error))
+                reporter.finished(name, f"{name}: not measured: {failures[name]}")
                 if fetched is None and following is not None:
                     ahead = begin(following)
             if rows is not None:
                 write_evaluations(evaluation_file(run.folder, step.labels), rows)
-                reporter.finished(f"{name} measured in {time.monotonic() - started:.1f} s")
+                reporter.finished(name, f"{name} measured in {time.monotonic() - started:.1f} s")
             if fetched is not None:
                 (keep if is_kept(fetched) else discard)(fetched)
     return failures
@@ -253,7 +249,6 @@ def _measured(
 ) -> "pl.DataFrame":
     import torch
 
-    from redundancy_trace.calibration import check_length
     from redundancy_trace.engine import choose_device
     from redundancy_trace.evaluation import along_rows
     from redundancy_trace.weights import load_whole_model
@@ -264,7 +259,6 @@ def _measured(
         dtype=getattr(torch, run.dtype),
         trust_remote_code=run.trust_remote_code,
     )
-    with text_errors():
-        check_length(windows.ids.shape[1], positions_of(model))
-    numbers = along_rows(model, windows, step.plans, batch_size=settings.batch_size, on_loss=reporter.step)
+    tell = partial(reporter.step, step.task.checkpoint.name)
+    numbers = along_rows(model, windows, step.plans, batch_size=settings.batch_size, on_loss=tell)
     return evaluations_frame(step.labels, "along", numbers)

@@ -2,10 +2,10 @@
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import polars as pl
 
     from redundancy_trace.evaluation import Load, Windows
+    from redundancy_trace.evaluation.tasks import LoadedTasks
     from redundancy_trace.loading import OpenCheckpoint
     from redundancy_trace.pruning import DropPlan
     from redundancy_trace.store import Purpose
@@ -92,6 +93,8 @@ class _Subject:
     @property
     def positions(self) -> int | None:
         """The longest sequence that the model takes; None where it has no limit."""
+        from redundancy_trace.evaluation import positions_of
+
         return positions_of(self.model)
 
     @property
@@ -139,8 +142,8 @@ class _OnDisk(_Subject):
 
     @cached_property
     def windows(self) -> "Windows":
-        from redundancy_trace.calibration import check_length, load_stream
-        from redundancy_trace.evaluation import cut_windows, tokens_needed
+        from redundancy_trace.calibration import load_stream
+        from redundancy_trace.evaluation import cut_windows, text_errors, tokens_needed
 
         settings, checkpoint = self.settings, self._checkpoint
         local = is_local(settings.model or "") or settings.offline
@@ -162,11 +165,9 @@ class _OnDisk(_Subject):
                 hub=checkpoint.hub,
                 trust_remote_code=settings.trust_remote_code,
             )
-            if stored and settings.samples is None:
-                samples = 0  # all that the user gives
-            windows = cut_windows(stream, samples=samples, sequence_length=length, stride=settings.stride)
-            check_length(windows.ids.shape[1], self.positions)
-        return windows
+        if stored and settings.samples is None:
+            samples = 0  # all that the user gives
+        return cut_windows(stream, samples=samples, sequence_length=length, stride=settings.stride)
 
 
 class _InMemory(_Subject):
@@ -224,7 +225,7 @@ def run_evaluation(
 
     assert settings.model is not None  # held by the settings
     plan = plan or _plan_in(settings)
-    tasks = _task_set(settings)
+    tasks = _tasks(settings)
     kept = measured = 0
     identities = []
     with open_checkpoint(
@@ -251,8 +252,32 @@ def run_evaluation(
             write_evaluations(evaluation_file(place, labels), rows)
             measured += 1
             reporter.line(f"{part.name}: measured.")
-    rows = read_evaluations(place).filter(pl.col("identity").is_in(identities))
-    return EvaluationResult(place, rows, measured, kept, {})
+    stored_rows = read_evaluations(place)
+    rows = stored_rows.filter(pl.col("identity").is_in(identities))
+    here = rows if settings.curve else _of_checkpoint(stored_rows, subject.labels)
+    figures = _draw(
+        here, _figure_names(settings, plan), (place.parent if place.suffix == ".parquet" else place) / "figures"
+    )
+    return EvaluationResult(place, rows, measured, kept, {}, tuple(figures))
+
+
+def _of_checkpoint(rows: "pl.DataFrame", labels: Labels) -> "pl.DataFrame":
+    return rows.filter((rows["revision"] == labels.revision) & (rows["commit"] == labels.commit))
+
+
+def _figure_names(settings: EvaluationSettings, plan: "DropPlan | None") -> list[str]:
+    """The figures of what was measured just now."""
+    if settings.curve:
+        return ["quality", *(["joint"] if "joint" in listed(settings.curve) else [])]
+    return ["tradeoff"] if plan is not None and {"loss", "speed"} <= set(listed(settings.measure)) else []
+
+
+def _draw(rows: "pl.DataFrame", names: list[str], folder: Path) -> list[Path]:
+    if not names:
+        return []
+    from redundancy_trace.figures import draw_evaluations
+
+    return draw_evaluations(rows, folder, names)
 
 
 def evaluate_in_memory(
@@ -276,7 +301,7 @@ def evaluate_in_memory(
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        parts = _parts(subject, plan, _task_set(settings), reporter)
+        parts = _parts(subject, plan, _tasks(settings), reporter)
         return pl.concat([evaluations_frame(subject.labels, part.purpose, part.measure()) for part in parts])
     finally:
         for module, mode in training.items():
@@ -289,23 +314,6 @@ def _plan_in(settings: EvaluationSettings) -> "DropPlan | None":
     return None if settings.plan is None else read_plan(settings.plan)
 
 
-@contextmanager
-def text_errors() -> Iterator[None]:
-    """What is wrong with a text, told in the words of an evaluation."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(
-            str(error).replace("--calibration", "--text").replace("The calibration", "The text")
-        ) from error
-
-
-def positions_of(model: Any) -> int | None:
-    """The longest sequence that a model takes; None where it has no limit."""
-    found = getattr(model.config, "max_position_embeddings", None)
-    return found if isinstance(found, int) and found > 0 else None
-
-
 def identity_of_facts(facts: dict[str, Any]) -> str:
     """SHA-256 over all that rows depend on."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
@@ -316,7 +324,9 @@ def windows_facts(windows: "Windows") -> dict[str, Any]:
     return {"tokens": windows.sha256, "counted": windows.first.tolist(), "bytes": windows.n_bytes is not None}
 
 
-def _parts(subject: _Subject, plan: "DropPlan | None", tasks: Any, reporter: Reporter) -> Iterator[_Part]:
+def _parts(
+    subject: _Subject, plan: "DropPlan | None", tasks: "LoadedTasks | None", reporter: Reporter
+) -> Iterator[_Part]:
     """What is asked for, in order; nothing is loaded before a part is reached."""
     from redundancy_trace.evaluation import curve_rows, loss_rows, speed_rows, task_rows
     from redundancy_trace.evaluation.dropping import plan_hash
@@ -327,12 +337,14 @@ def _parts(subject: _Subject, plan: "DropPlan | None", tasks: Any, reporter: Rep
     if settings.curve:
         along = _curve_plans(subject)
         facts = {**windows_facts(subject.windows), "plans": [plan_hash(one) for one in along]}
+        name = "loss for every number dropped"
 
         def curve() -> list[Evaluated]:
-            reporter.scoring("loss for every number dropped")
-            return curve_rows(subject.model, subject.windows, along, batch_size=size, on_loss=reporter.step)
+            reporter.scoring(name)
+            tell = partial(reporter.step, name)
+            return curve_rows(subject.model, subject.windows, along, batch_size=size, on_loss=tell)
 
-        yield _Part("loss for every number dropped", "curve", facts, curve)
+        yield _Part(name, "curve", facts, curve)
         return
     if "loss" in listed(settings.measure):
 
@@ -353,8 +365,14 @@ def _parts(subject: _Subject, plan: "DropPlan | None", tasks: Any, reporter: Rep
         def asked() -> list[Evaluated]:
             return task_rows(subject.model, subject.tokenizer, tasks, plans, batch_size=size)
 
-        facts = {"tasks": tasks.names, "limit": tasks.limit, "shots": tasks.shots, "folder": str(tasks.folder or "")}
-        yield _Part(", ".join(tasks.names), "model", facts, asked)
+        facts = {
+            "tasks": listed(settings.tasks),
+            "limit": settings.limit,
+            "shots": settings.shots,
+            "lm_eval": tasks.version,
+            "files": _hashes(settings.task_folder),
+        }
+        yield _Part(", ".join(listed(settings.tasks)), "model", facts, asked)
 
 
 def _curve_plans(subject: _Subject) -> "Sequence[DropPlan]":
@@ -374,15 +392,20 @@ def _curve_plans(subject: _Subject) -> "Sequence[DropPlan]":
     return curve_plans(scores_frame(labels, scores.values), None, components, orders)
 
 
-def _task_set(settings: EvaluationSettings) -> Any:
-    """The tasks that are asked for, known to be there before anything is fetched; None without."""
+def _hashes(folder: Path | None) -> dict[str, str]:
+    """SHA-256 of every task that a folder describes; of their data, only the names are in there."""
+    files = () if folder is None else sorted(folder.rglob("*.yaml"))
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def _tasks(settings: EvaluationSettings) -> "LoadedTasks | None":
+    """The tasks that are asked for, loaded before anything is fetched; None without."""
     if not settings.tasks:
         return None
-    from redundancy_trace.evaluation.tasks import TaskSet, check_tasks
+    from redundancy_trace.evaluation.tasks import LoadedTasks, TaskSet
 
-    tasks = TaskSet(listed(settings.tasks), settings.task_folder, settings.limit, settings.shots)
-    check_tasks(tasks)
-    return tasks
+    names = TaskSet(listed(settings.tasks), settings.task_folder, settings.limit, settings.shots)
+    return LoadedTasks(names, shows_progress=not settings.quiet and sys.stderr.isatty())
 
 
 def _place(settings: EvaluationSettings, checkpoint: "OpenCheckpoint") -> Path:

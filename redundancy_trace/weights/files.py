@@ -4,7 +4,7 @@ import json
 import re
 import warnings
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,20 @@ class WeightFiles:
         stored = self._slices[name]
         if isinstance(stored, Tensor):
             return stored[rows]
-        return torch.cat([stored[int(row) : int(row) + 1] for row in rows])
+        return torch.cat([stored[run[0] : run[-1] + 1][torch.tensor(run) - run[0]] for run in _runs(rows.tolist())])
+
+
+# Rows that are so few apart are read at once, so many at most: a read takes longer than the rows between.
+_APART, _AT_ONCE = 8, 4096
+
+
+def _runs(rows: list[int]) -> Iterator[list[int]]:
+    """Rows in their order, cut where the next lies before or far behind."""
+    start = 0
+    for end in range(1, len(rows) + 1):
+        if end == len(rows) or not rows[end - 1] <= rows[end] <= rows[end - 1] + _APART or end - start == _AT_ONCE:
+            yield rows[start:end]
+            start = end
 
 
 def open_weights(folder: Path) -> WeightFiles:

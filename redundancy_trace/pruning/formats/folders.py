@@ -18,7 +18,7 @@ def write_config(source: Source, config: Any, folder: Path, architecture: str | 
     """Write config.json, with the dtype of the stored tensors, and copy the code that it names."""
     config = deepcopy(config)
     config.architectures = [architecture or source.class_name]
-    config.dtype = str(_stored_dtype(source)).removeprefix("torch.")
+    config.dtype = str(source.stored_dtype).removeprefix("torch.")
     text = json.dumps(json.loads(config.to_json_string(use_diff=True)), indent=2, ensure_ascii=False)
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
     if source.has_own_code:
@@ -43,15 +43,3 @@ def write_tensors(
 
     info = {new: weights.info[stored] for new, stored in names.items()}
     write_shards(folder, info, read, shard_bytes=shard_bytes, on_bytes=on_bytes)
-
-
-def _stored_dtype(source: Source) -> Any:
-    """The dtype that most of the stored numbers have."""
-    sizes: dict[Any, int] = {}
-    for tensor in source.tensors():
-        info = source.empty.weights.info[tensor.name]
-        count = 1
-        for side in info.shape:
-            count *= side
-        sizes[info.dtype] = sizes.get(info.dtype, 0) + count
-    return max(sizes, key=sizes.__getitem__)

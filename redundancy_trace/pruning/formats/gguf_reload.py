@@ -10,6 +10,7 @@ REQUEST is that of `reload.py`. ANSWER holds for prefixes of the first row of `i
 import json
 import os
 import sys
+import urllib.error
 import urllib.request
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 
 TOP = 10
 PREFIXES = 8
+_SURE = 1e4  # added to a logit: that token is drawn
 
 
 def main(file: str, request: str, answer: str, *texts: str) -> None:
@@ -35,49 +37,63 @@ def main(file: str, request: str, answer: str, *texts: str) -> None:
     params.verbosity = -1
     server = xllamacpp.Server(params)
     lengths = np.unique(np.linspace(1, len(row), PREFIXES).round().astype(int))
-    tops = [_steps(server, row[:length], 1)[0] for length in lengths]
-    steps = _steps(server, prompt, new_tokens)
+    address = server.listening_address
+    letter = _cut(address, "a")[-1]
+    tops = [_likeliest(address, row[:length], letter) for length in lengths]
+    tokens = _decoded(address, prompt, new_tokens)
+    steps = [_likeliest(address, np.append(prompt, tokens[:done]), letter) for done in range(new_tokens)]
     found: dict[str, Any] = {
         "lengths": lengths,
-        "top_ids": np.array([ids for _, ids, _ in tops]),
-        "top_logprobs": np.array([logprobs for *_, logprobs in tops]),
-        "tokens": np.array([token for token, _, _ in steps]),
-        "step_ids": np.array([ids for _, ids, _ in steps]),
-        "step_logprobs": np.array([logprobs for *_, logprobs in steps]),
+        "top_ids": np.array([ids for ids, _ in tops]),
+        "top_logprobs": np.array([logprobs for _, logprobs in tops]),
+        "tokens": np.array(tokens),
+        "step_ids": np.array([ids for ids, _ in steps]),
+        "step_logprobs": np.array([logprobs for _, logprobs in steps]),
     }
     for index, text in enumerate(texts):
-        found[f"text{index}"] = np.array(_cut(server.listening_address, text))
+        found[f"text{index}"] = np.array(_cut(address, text))
     np.savez(answer, **found)
     sys.stdout.flush()
     os._exit(0)  # the server's threads need no farewell
 
 
-def _steps(server: Any, prompt: np.ndarray, count: int) -> list[tuple[int, list[int], list[float]]]:
-    """Greedy decoding: each token, and ids and log-probabilities of the likeliest ones."""
-    asked = {
-        "prompt": [int(token) for token in prompt],
-        "n_predict": count,
-        "temperature": 0.0,
-        "n_probs": TOP,
-        "ignore_eos": True,
-        "cache_prompt": False,
-        "top_k": 1,
-    }
-    told = server.handle_completions(asked)
-    if "choices" not in told:
-        sys.exit(f"llama.cpp answers {json.dumps(told)[:300]}")
-    return [
-        (step["id"], [top["id"] for top in step["top_logprobs"]], [top["logprob"] for top in step["top_logprobs"]])
-        for step in told["choices"][0]["logprobs"]["content"]
-    ]
+def _decoded(address: str, prompt: np.ndarray, count: int) -> list[int]:
+    """Greedy decoding with a cache, in one go."""
+    told = _completed(address, prompt, n_predict=count, ignore_eos=True, return_tokens=True)
+    tokens: list[int] = told["tokens"]
+    if len(tokens) != count:
+        sys.exit(f"llama.cpp decodes {len(tokens)} tokens where {count} were asked for")
+    return tokens
+
+
+def _likeliest(address: str, prompt: np.ndarray, letter: int) -> tuple[list[int], list[float]]:
+    """Ids and log-probabilities of the likeliest next tokens.
+
+    They are told of tokens that end a character, so one that does is drawn; they are those before that.
+    """
+    told = _completed(address, prompt, n_predict=1, n_probs=TOP, logit_bias=[[letter, _SURE]])
+    (step,) = told["completion_probabilities"]
+    return [top["id"] for top in step["top_logprobs"]], [top["logprob"] for top in step["top_logprobs"]]
 
 
 def _cut(address: str, text: str) -> list[int]:
-    body = json.dumps({"content": text, "add_special": False}).encode()
-    asked = urllib.request.Request(f"{address}/tokenize", body, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(asked) as answer:
-        tokens: list[int] = json.load(answer)["tokens"]
+    tokens: list[int] = _answer(address, "tokenize", {"content": text, "add_special": False})["tokens"]
     return tokens
+
+
+def _completed(address: str, prompt: np.ndarray, **how: Any) -> dict[str, Any]:
+    given = {"prompt": [int(token) for token in prompt], "temperature": 0.0, "top_k": 1, "cache_prompt": False}
+    return _answer(address, "completion", given | how)
+
+
+def _answer(address: str, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    asked = urllib.request.Request(f"{address}/{path}", json.dumps(body).encode(), {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(asked) as answer:
+            told: dict[str, Any] = json.load(answer)
+    except urllib.error.HTTPError as error:
+        sys.exit(f"llama.cpp answers {error.read().decode(errors='replace')[:300]}")
+    return told
 
 
 if __name__ == "__main__":

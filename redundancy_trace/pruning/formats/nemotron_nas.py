@@ -108,7 +108,6 @@ def _has_attention(kept: KeptLayer) -> bool:
 def _config(source: Source, plan: DropPlan, shape: LlamaShape) -> dict[str, Any]:
     whole = source.config.to_dict()
     layers = kept_layers(plan)
-    stored = max((info.dtype for info in source.empty.weights.info.values()), key=lambda dtype: dtype.itemsize)
     fields = {name: whole[name] for name in _KEPT if name in whole}
     if source.config.model_type == "qwen2":  # biases of queries, keys and values, none behind
         fields |= {"qkv_bias": True, "attention_bias": False}
@@ -117,7 +116,7 @@ def _config(source: Source, plan: DropPlan, shape: LlamaShape) -> dict[str, Any]
         "auto_map": {"AutoConfig": f"{CONFIGURATION}.DeciLMConfig"},
         "block_configs": [_block(kept, shape) for kept in layers],
         **fields,
-        "dtype": str(stored).removeprefix("torch."),
+        "dtype": str(source.stored_dtype).removeprefix("torch."),
         "head_dim": shape.head_dim,
         "model_type": "nemotron-nas",
         "num_hidden_layers": len(layers),
