@@ -12,14 +12,12 @@ from redundancy_trace.analysis.checks import Check
 from redundancy_trace.analysis.duplicates import blank_duplicates, leave_out_duplicates, mark_repeats
 from redundancy_trace.analysis.frames import (
     CHECKPOINT_COLUMNS,
-    BesidePublished,
-    PublishedOrders,
     calibration_first,
     checkpoint_order,
     metric_values,
     one_calibration,
-    published_orders,
 )
+from redundancy_trace.analysis.published import BesidePublished, PublishedOrders, published_orders
 from redundancy_trace.analysis.series import LeftOut, Series, main_series
 from redundancy_trace.analysis.stats import TrainingStats, training_stats
 from redundancy_trace.analysis.summary import training_summary
