@@ -637,16 +637,21 @@ def test_an_interrupt_that_python_drops_is_met_before_the_next_checkpoint(
 
     hub, out = loopback_hub, tmp_path / "run"
     hub.add_repo("me/model", revisions=branches(tiny_run))
-    real, before = engine.score_checkpoint, signal.getsignal(signal.SIGINT)
+    real, before = engine.score_checkpoint, signal.default_int_handler
+    # A shell starts what it runs in the background with the interrupt ignored.
+    started_with = signal.signal(signal.SIGINT, before)
 
     def dropped(*given, **more):
         with contextlib.suppress(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
         return real(*given, **more)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(engine, "score_checkpoint", dropped)
-        assert sweep_hub(hub, out, "--quiet", *PYDOC) == cli.INTERRUPTED
-    assert signal.getsignal(signal.SIGINT) is before
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, "score_checkpoint", dropped)
+            assert sweep_hub(hub, out, "--quiet", *PYDOC) == cli.INTERRUPTED
+        assert signal.getsignal(signal.SIGINT) is before
+    finally:
+        signal.signal(signal.SIGINT, started_with)
     assert len(list((out / "scores").iterdir())) == 1, "what was finished is stored"
     assert sweep_hub(hub, out, "--quiet", *PYDOC) == 0
