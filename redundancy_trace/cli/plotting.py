@@ -18,7 +18,7 @@ def plot_command(
     run_folders: Annotated[
         list[Path],
         typer.Argument(
-            metavar="RUN...",
+            metavar="RUN",
             help="Run folder that a sweep wrote, or folder of an evaluated checkpoint; several are drawn side by side.",
         ),
     ],
