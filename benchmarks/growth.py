@@ -1,4 +1,4 @@
-"""What a run of 558 checkpoints of 32 layers takes over one of 1: storing, reading, `stats`, `plot`; and resuming it."""
+"""A run of 558 checkpoints of 32 layers beside one of 1: storing, reading, `stats`, `plot`; and resuming it."""
 
 import json
 import os
@@ -24,14 +24,14 @@ _LENGTH = 16
 # All checkpoints of OLMo-1B-hf, the longest of the runs that are known by name.
 _CHECKPOINTS = 558
 _LAYERS = 32
-_ROUNDS = 3
+_ROUNDS = 2
 # Seconds from the start of the process to its end.
 _BOUNDS = {"resume": 2.0, "read_scores": 2.0, "trace stats": 10.0, "trace plot": 10.0}
 
 
 @dataclass(frozen=True)
 class _Grown:
-    """Seconds of one run: of its last ten writes (the median), and of each command (the best of three)."""
+    """Seconds of one run: of its last ten writes (the median), and of each command (the better of two)."""
 
     write: float
     seconds: dict[str, float]

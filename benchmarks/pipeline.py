@@ -42,7 +42,7 @@ class Case:
     balance: float = 1.0
 
 
-CASE = Case(Shape(width=768, layers=2, vocabulary=1024), checkpoints=24, sequences=12)
+CASE = Case(Shape(width=768, layers=2, vocabulary=1024), checkpoints=24, sequences=36)
 TOY = Case(Shape(width=64, layers=1, vocabulary=64), checkpoints=3, sequences=2)
 BOUND = 1.15
 # Seconds from the command to the figures of one checkpoint, most of which are imports and drawing.
