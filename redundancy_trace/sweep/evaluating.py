@@ -252,8 +252,32 @@ def run_evaluation(
             write_evaluations(evaluation_file(place, labels), rows)
             measured += 1
             reporter.line(f"{part.name}: measured.")
-    rows = read_evaluations(place).filter(pl.col("identity").is_in(identities))
-    return EvaluationResult(place, rows, measured, kept, {})
+    stored_rows = read_evaluations(place)
+    rows = stored_rows.filter(pl.col("identity").is_in(identities))
+    here = rows if settings.curve else _of_checkpoint(stored_rows, subject.labels)
+    figures = _draw(
+        here, _figure_names(settings, plan), (place.parent if place.suffix == ".parquet" else place) / "figures"
+    )
+    return EvaluationResult(place, rows, measured, kept, {}, tuple(figures))
+
+
+def _of_checkpoint(rows: "pl.DataFrame", labels: Labels) -> "pl.DataFrame":
+    return rows.filter((rows["revision"] == labels.revision) & (rows["commit"] == labels.commit))
+
+
+def _figure_names(settings: EvaluationSettings, plan: "DropPlan | None") -> list[str]:
+    """The figures of what was measured just now."""
+    if settings.curve:
+        return ["quality", *(["joint"] if "joint" in listed(settings.curve) else [])]
+    return ["tradeoff"] if plan is not None and {"loss", "speed"} <= set(listed(settings.measure)) else []
+
+
+def _draw(rows: "pl.DataFrame", names: list[str], folder: Path) -> list[Path]:
+    if not names:
+        return []
+    from redundancy_trace.figures import draw_evaluations
+
+    return draw_evaluations(rows, folder, names)
 
 
 def evaluate_in_memory(
