@@ -42,7 +42,7 @@ class Case:
     balance: float = 1.0
 
 
-CASE = Case(Shape(width=768, layers=2, vocabulary=1024), checkpoints=24, sequences=24)
+CASE = Case(Shape(width=768, layers=2, vocabulary=1024), checkpoints=24, sequences=36)
 TOY = Case(Shape(width=64, layers=1, vocabulary=64), checkpoints=3, sequences=2)
 BOUND = 1.15
 # Seconds from the command to the figures of one checkpoint, most of which are imports and drawing.
@@ -66,13 +66,13 @@ def measure(options: Options) -> list[Ratio]:
         environment = os.environ | hub.environment(folder / "hf-home")
         shared = ["--calibration", f"tokens:{ids}", "--samples", str(case.sequences)]
         local = ["--model", str(folder / "model"), "--out", str(folder / "local"), *shared]
-        first = _sweep([*local, "--revisions", "checkpoint-0"], environment)
+        first = sweep_timed([*local, "--revisions", "checkpoint-0"], environment)
         some = ",".join(f"checkpoint-{i}" for i in range(1, min(_FROM_DISK, case.checkpoints)))
-        seconds = _sweep([*local, "--revisions", some], environment).scored
+        seconds = sweep_timed([*local, "--revisions", some], environment).scored
         scoring = sum(seconds.values()) / len(seconds) * case.checkpoints
         rate = hub.bytes_per_second_of_all = total / (max(scoring, 0.1) * case.balance)
         remote = ["--model", "bench/model", "--out", str(folder / "run"), "--fetch", "file", "--revisions", "all"]
-        swept = _sweep([*remote, *shared], environment)
+        swept = sweep_timed([*remote, *shared], environment)
         bodies = [body for body in hub.bodies if body.sent > total / case.checkpoints / 20]
         row = _row(case, swept, total, rate, scoring, [(one.began, one.ended or swept.ended) for one in bodies])
         told = {"width": case.shape.width, "layers": case.shape.layers, "tokens": case.sequences * 512}
@@ -97,18 +97,17 @@ def save_checkpoints(shape: Shape, folder: Path, count: int, sequences: int) -> 
 
 
 @dataclass(frozen=True)
-class _Swept:
-    """When `trace` was started, scored the last checkpoint and ended; the seconds of each by name."""
+class Swept:
+    """When `trace` was started, told the first and the last score, and ended; seconds by checkpoint."""
 
     started: float
+    first: float
     last: float
     ended: float
     scored: dict[str, float]
 
 
-def _row(
-    case: Case, swept: _Swept, total: int, rate: float, scoring: float, bodies: list[tuple[float, float]]
-) -> Ratio:
+def _row(case: Case, swept: Swept, total: int, rate: float, scoring: float, bodies: list[tuple[float, float]]) -> Ratio:
     moving = total / rate
     wall = swept.ended - swept.started
     last_byte = max(end for _, end in bodies)
@@ -130,9 +129,10 @@ def _row(
     return Ratio(name, wall / max(moving, scoring), BOUND, detail=detail)
 
 
-def _sweep(arguments: list[str], environment: Mapping[str, str]) -> _Swept:
+def sweep_timed(arguments: list[str], environment: Mapping[str, str]) -> Swept:
     """Run `trace` in a process of its own to its end."""
-    started = last = time.monotonic()
+    started = time.monotonic()
+    times: list[float] = []
     process = subprocess.Popen(
         [sys.executable, "-c", _COMMAND, *arguments],
         env=dict(environment), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
@@ -142,11 +142,11 @@ def _sweep(arguments: list[str], environment: Mapping[str, str]) -> _Swept:
     for line in process.stdout:
         told.append(line)
         if _SCORED.match(line):
-            last = time.monotonic()
+            times.append(time.monotonic())
     if process.wait():
         raise RuntimeError("".join(told))
     scored = {name: float(seconds) for name, seconds in _SCORED.findall("".join(told))}
-    return _Swept(started, last, time.monotonic(), scored)
+    return Swept(started, times[0], times[-1], time.monotonic(), scored)
 
 
 def _gaps(bodies: list[tuple[float, float]]) -> float:

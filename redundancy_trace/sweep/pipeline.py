@@ -145,6 +145,8 @@ class _Flow:
         wanted: list[Future[Any]] = list(self.at_work)
         if len(self.at_work) < self.places.count():
             wanted += [turn.fetching for turn in self.ahead]
+        if wanted and not self.at_work:
+            _import_figures()
         if wanted:
             wait(wanted, timeout=_TURN_SECONDS, return_when=FIRST_COMPLETED)
 
@@ -175,6 +177,11 @@ class _Flow:
         for part in turn.task.parts[len(turn.scores) :]:
             store.write_failure(self.run, part.labels, reason)
         self.reporter.finished(turn.name, not_scored(turn.name, reason))
+
+
+def _import_figures() -> None:
+    """Import what the end needs, in time that would be spent waiting for the network; it takes a second."""
+    import redundancy_trace.figures  # noqa: F401
 
 
 def not_scored(name: str, reason: str) -> str:
