@@ -40,8 +40,9 @@ def score_all(
 
     from redundancy_trace import store
     from redundancy_trace.engine import choose_device, score_checkpoint
-    from redundancy_trace.weights import open_remote_weights
+    from redundancy_trace.weights import ModelBuilder, open_remote_weights
 
+    built = ModelBuilder()
     device = choose_device(settings.device)
     let_go = keep if settings.keep else discard
     scored, failures = 0, {}
@@ -70,6 +71,7 @@ def score_all(
                             trust_remote_code=settings.trust_remote_code,
                             on_progress=reporter.step,
                             weights=open_remote_weights(fetched.folder, fetched.remote) if fetched.remote else None,
+                            kept=built,
                         )
                     )
             except Exception as error:
