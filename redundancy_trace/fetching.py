@@ -22,6 +22,20 @@ _KEPT = ".kept"
 
 
 @dataclass(frozen=True)
+class Remote:
+    """Weight files of a commit on their server; it can be handed to another process, which opens it."""
+
+    hub: Hub
+    repo: str
+    commit: str
+    files: tuple[RepoFile, ...]
+
+    def open(self, on_bytes: Callable[[int], None] | None = None, stopped: Event | None = None) -> RemoteFolder:
+        """The files, to be read piece by piece; nothing is asked for yet."""
+        return self.hub.remote_folder(self.repo, self.commit, self.files, on_bytes, stopped)
+
+
+@dataclass(frozen=True)
 class Fetched:
     """A checkpoint that can be read.
 
@@ -35,7 +49,7 @@ class Fetched:
     folder: Path
     temporary: bool
     bytes_moved: int
-    remote: RemoteFolder | None = None
+    remote: Remote | None = None
     _claim: "_Claim | None" = field(default=None, repr=False, compare=False)
     _room: "Room | None" = field(default=None, repr=False, compare=False)
 
@@ -102,6 +116,7 @@ def fetch(
     how: Literal["auto", "file", "stream"] = "file",
     *,
     code: bool = False,
+    on_arrival: Callable[[], None] | None = None,
 ) -> Fetched:
     """Bring a checkpoint's config and weights to this machine, unless they are here.
 
@@ -118,6 +133,7 @@ def fetch(
         how: `stream` fetches the config alone and leaves the weights to be read from the server; `auto` does so where
             they do not fit the disk.
         code: Whether the model's own code beside the config is fetched too (`--trust-remote-code`).
+        on_arrival: Called, by the calling thread, when the last byte is there, before the hashes are checked.
 
     Raises:
         CheckpointError: There are no weights, a file cannot be had, or there is no space. What has arrived stays to be
@@ -154,7 +170,7 @@ def fetch(
     except OSError as error:
         raise CheckpointError(f"{checkpoint.name} cannot be stored: {error}.") from error
     fetched = Fetched(claim.folder / below, temporary=True, bytes_moved=0, _claim=claim, _room=room)
-    remote: RemoteFolder | None = None
+    remote: Remote | None = None
     try:
         if how != "stream":
             try:
@@ -164,10 +180,10 @@ def fetch(
                     raise
                 how = "stream"
         if how == "stream":
-            weights = [file for file in files if file.path.endswith((".safetensors", ".bin"))]
+            weights = tuple(file for file in files if file.path.endswith((".safetensors", ".bin")))
             files = tuple(file for file in files if file not in weights)
-            remote = hub.remote_folder(repo, commit, weights, on_bytes, stopped)
-        hub.download(repo, commit, files, claim.folder, count, stopped)
+            remote = Remote(hub, repo, commit, weights)
+        hub.download(repo, commit, files, claim.folder, count, stopped, on_arrival)
     except BaseException as error:
         cause = error.__cause__
         full = _is_full(error) or _is_full(cause)

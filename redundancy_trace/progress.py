@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ class Reporter:
     console: "Console | None" = None
     bars: "Progress | None" = None
     _checkpoints: "TaskID | None" = None
-    _layers: "TaskID | None" = None
+    _layers: "dict[str, TaskID]" = field(default_factory=dict)
     _bytes: "TaskID | None" = None
     _total: int = 0
     _done: int = 0
@@ -35,7 +35,6 @@ class Reporter:
         self._total, self._done = total, done
         if self.bars is not None:
             self._checkpoints = self.bars.add_task("checkpoints", total=total, completed=done)
-            self._layers = self.bars.add_task("scoring", total=None, visible=False)
             self._bytes = self.bars.add_task("fetching", total=None, visible=False)
 
     def fetching(self, name: str, total: int | None) -> None:
@@ -48,19 +47,28 @@ class Reporter:
         if self.bars is not None and self._bytes is not None:
             self.bars.advance(self._bytes, count)
 
+    def training(self, step: int, steps: int) -> None:
+        """So many steps of the demo's training are done."""
+        if self.bars is not None:
+            if "" not in self._layers:
+                self._layers[""] = self.bars.add_task("training the demo", total=steps)
+            self.bars.update(self._layers[""], completed=step, visible=step < steps)
+
     def scoring(self, name: str) -> None:
-        """A checkpoint's turn has come."""
-        if self.bars is not None and self._layers is not None:
-            self.bars.reset(self._layers, total=None, description=f"scoring {name}", visible=True)
+        """A checkpoint's turn has come; several may be at work."""
+        if self.bars is not None:
+            self._layers[name] = self.bars.add_task(f"scoring {name}", total=None)
 
-    def step(self, done: int, total: int) -> None:
-        """So many layers (or batches) of the present checkpoint are done."""
-        if self.bars is not None and self._layers is not None:
-            self.bars.update(self._layers, completed=done, total=total)
+    def step(self, name: str, done: int, total: int) -> None:
+        """So many layers (or batches) of a checkpoint are done."""
+        if self.bars is not None and name in self._layers:
+            self.bars.update(self._layers[name], completed=done, total=total)
 
-    def finished(self, text: str) -> None:
+    def finished(self, name: str, text: str) -> None:
         """One checkpoint is through, well or not."""
         self._done += 1
+        if self.bars is not None and name in self._layers:
+            self.bars.remove_task(self._layers.pop(name))
         self.line(f"[{self._done}/{self._total}] {text}")
         if self.bars is not None and self._checkpoints is not None:
             self.bars.advance(self._checkpoints)

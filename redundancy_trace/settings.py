@@ -54,6 +54,21 @@ class TraceSettings:
         None, "Sequences per forward pass [default: from the sequence length].", identity=False
     )
     device: str = _option("auto", "auto, cpu, cuda, cuda:1 or mps.", identity=False)
+    devices: str | None = _option(
+        None,
+        "Several devices of this machine, a process each: cuda:0,cuda:1 or auto (every CUDA device).",
+        identity=False,
+    )
+    shard: str | None = _option(
+        None,
+        "i/n: only the i-th of n shares of the checkpoints; other processes or machines take the others.",
+        identity=False,
+    )
+    cluster: str | None = _option(
+        None,
+        "ray or ray:ADDRESS: score on the nodes of a Ray cluster, which have to see the run folder.",
+        identity=False,
+    )
     dtype: str = _option(
         "auto",
         "auto, float32 or bfloat16; auto is float32 on CPU and MPS, bfloat16 on CUDA that has it.",
@@ -110,12 +125,64 @@ class TraceSettings:
             raise InputError("--fetch stream stores no weights, so there is nothing to --keep; leave out one of them.")
         if self.disk_budget is not None:
             parse_bytes(self.disk_budget)
+        if self.shard is not None:
+            parse_shard(self.shard)
+        self._check_places()
         if self.model is None and not self.demo:
             raise InputError(
                 "No model is named. Try trace --model EleutherAI/pythia-70m, or trace --demo without a network."
             )
         if self.model is not None and self.demo:
             raise InputError("--demo trains its own model; leave out --model or --demo.")
+
+    def _check_places(self) -> None:
+        """Refuse places that contradict each other."""
+        if self.devices is not None:
+            device_names(self.devices)
+            if self.device != "auto":
+                raise InputError("--devices names the devices; leave out --device.")
+        if self.cluster is None:
+            return
+        kind, colon, address = self.cluster.partition(":")
+        if kind != "ray" or (colon and not address):
+            raise InputError(f"--cluster {self.cluster!r} is none; known: ray, ray:ADDRESS, such as ray:10.0.0.1:6379.")
+        if self.devices is not None:
+            raise InputError("--cluster takes the GPUs that Ray knows of; leave out --devices.")
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """Which share of the work, counted from 1, and how many there are.
+
+    Raises:
+        InputError: It is none.
+
+    Example:
+        >>> parse_shard("2/8")
+        (2, 8)
+    """
+    match = re.fullmatch(r"(\d+)/(\d+)", text.strip())
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise InputError(f"--shard {text!r} is no share; write --shard 1/4, 2/4, 3/4 or 4/4 for the quarters, say.")
+    return int(match[1]), int(match[2])
+
+
+def device_names(text: str) -> tuple[str, ...]:
+    """The devices of `--devices`; whether they are there is another question.
+
+    Raises:
+        InputError: It is no list of names.
+
+    Example:
+        >>> device_names("cuda:0, cuda:1")
+        ('cuda:0', 'cuda:1')
+    """
+    names = tuple(name.strip() for name in text.split(","))
+    if not all(names) or any(name.isdigit() for name in names) or ("auto" in names and len(names) > 1):
+        raise InputError(
+            f"--devices {text!r} is no list of devices; write their names, such as cuda:0,cuda:1 or cpu,cpu, or auto "
+            "for every CUDA device."
+        )
+    return names
 
 
 def _several(given: Any) -> tuple[Any, ...]:

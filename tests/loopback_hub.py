@@ -55,8 +55,13 @@ class Blob:
     def etag(self) -> str:
         return self.sha256 or self.oid
 
-    def read(self) -> bytes:
-        return self.source if isinstance(self.source, bytes) else self.source.read_bytes()
+    def read(self, first: int = 0, stop: int | None = None) -> bytes:
+        stop = self.size if stop is None else stop
+        if isinstance(self.source, bytes):
+            return self.source[first:stop]
+        with self.source.open("rb") as file:
+            file.seek(first)
+            return file.read(stop - first)
 
 
 @dataclass
@@ -116,6 +121,8 @@ class Body:
     path: str
     sent: int
     fault: str | None
+    began: float = field(default_factory=time.monotonic)
+    ended: float | None = None
 
 
 _Drawn = Callable[[random.Random], dict[str, Any]]
@@ -192,6 +199,8 @@ class LoopbackHub:
         self.faults: list[Fault] = []
         self.met: Counter[str] = Counter()  # faults of the chaos, by kind
         self.bytes_per_second: float | None = None  # of every body; None = at once
+        self.bytes_per_second_of_all: float | None = None  # of all bodies together, as one cable has it
+        self._cable_free = 0.0
         self._chaos: _Chaos | None = None
         self.lock = threading.Lock()
         self._server = _Server(("127.0.0.1", 0), _handler(self))
@@ -359,6 +368,16 @@ class LoopbackHub:
                     fault.times -= 1
                     return fault
             return self._chaos.fault(method, path, span) if self._chaos else None
+
+    def pass_cable(self, count: int) -> None:
+        """Wait until so many bytes are through the cable that all bodies share."""
+        rate = self.bytes_per_second_of_all
+        if rate is None:
+            return
+        with self.lock:
+            self._cable_free = max(self._cable_free, time.monotonic()) + count / rate
+            through = self._cable_free
+        time.sleep(max(0.0, through - time.monotonic()))
 
     def meet(self, fault: Fault) -> None:
         with self.lock:
@@ -638,7 +657,7 @@ def _handler(hub: LoopbackHub) -> type[BaseHTTPRequestHandler]:
             if first >= blob.size:
                 raise _Refusal(416, None, "Range", {"Content-Range": f"bytes */{blob.size}"})
             headers["Content-Range"] = f"bytes {first}-{last}/{blob.size}"
-            part = b"" if self.command == "HEAD" else blob.read()[first : last + 1]
+            part = b"" if self.command == "HEAD" else blob.read(first, last + 1)
             self.answer(206, part, headers, length=last + 1 - first)
 
         def answer_json(self, value: object, headers: Mapping[str, str] | None = None) -> None:
@@ -671,12 +690,17 @@ def _handler(hub: LoopbackHub) -> type[BaseHTTPRequestHandler]:
             out = Body(self.path_asked, 0, fault.kind if fault and met else None)
             with hub.lock:
                 hub.bodies.append(out)
-            step = 4096 if pace else max(1, len(body))
-            for start in range(0, len(body), step):
-                self.wfile.write(body[start : start + step])
-                out.sent += len(body[start : start + step])
-                if pace:
-                    time.sleep(step / pace)
+            step = 4096 if pace else 2**16 if hub.bytes_per_second_of_all else max(1, len(body))
+            try:
+                for start in range(0, len(body), step):
+                    piece = memoryview(body)[start : start + step]
+                    hub.pass_cable(len(piece))
+                    self.wfile.write(piece)
+                    out.sent += len(piece)
+                    if pace:
+                        time.sleep(step / pace)
+            finally:
+                out.ended = time.monotonic()
 
     return Handler
 

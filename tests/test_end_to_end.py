@@ -122,9 +122,7 @@ def test_faults_of_the_server_change_nothing(loopback_hub, run_folder, undisturb
     assert not leftovers(out)
 
 
-def test_the_next_checkpoint_is_fetched_while_one_is_scored_and_never_two(
-    loopback_hub, run_folder, tmp_path, monkeypatch
-):
+def test_while_one_is_scored_the_next_two_are_fetched_and_never_three(loopback_hub, run_folder, tmp_path, monkeypatch):
     from redundancy_trace import engine
 
     loopback_hub.add_repo("me/model", revisions=as_branches(run_folder))
@@ -133,7 +131,7 @@ def test_the_next_checkpoint_is_fetched_while_one_is_scored_and_never_two(
 
     def watched(*args, **kwargs):
         deadline = time.monotonic() + 5
-        wanted = min(len(fetched_at_start) + 2, len(RECIPE.saved))
+        wanted = min(len(fetched_at_start) + 3, len(RECIPE.saved))
         while len(weights_asked(loopback_hub)) < wanted and time.monotonic() < deadline:
             time.sleep(0.02)
         time.sleep(0.1)
@@ -143,7 +141,7 @@ def test_the_next_checkpoint_is_fetched_while_one_is_scored_and_never_two(
     monkeypatch.setattr(engine, "score_checkpoint", watched)
     arguments = ["--model", "me/model", "--revisions", "all", "--endpoint", loopback_hub.url, "--quiet"]
     assert cli.run([*arguments, "--out", str(tmp_path / "run"), *SMALL]) == 0
-    assert fetched_at_start == [2, 3, 4, 5, 5]
+    assert fetched_at_start == [3, 4, 5, 5, 5]
 
 
 def test_keep_keeps_and_the_users_own_cache_is_used_and_left_alone(loopback_hub, hub_cache, run_folder, tmp_path):

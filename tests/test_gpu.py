@@ -48,6 +48,17 @@ def peak_of(run):
     return result, torch.cuda.max_memory_allocated() - before
 
 
+def merged(spans):
+    """Spans of time, those that touch made one."""
+    found = []
+    for start, end in sorted(spans):
+        if found and start <= found[-1][1]:
+            found[-1] = (found[-1][0], max(found[-1][1], end))
+        else:
+            found.append((start, end))
+    return found
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_wide_layers_give_the_numbers_of_the_cpu(llama, dtype):
     some = ids(3, 64)
@@ -72,7 +83,7 @@ def test_device_memory_is_of_two_layers_however_deep(llama, tmp_path):
 
 @pytest.mark.filterwarnings("ignore")  # of the profiler
 def test_the_next_layer_is_copied_beside_the_work(llama, tmp_path):
-    some = ids(16, 512)
+    some = ids(64, 512)
     score(llama, ids=some[:2], device=CUDA, batch_size=2)
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profiled:
@@ -92,8 +103,9 @@ def test_the_next_layer_is_copied_beside_the_work(llama, tmp_path):
     # Seven matrices a layer, all of them on a stream of their own.
     assert len(copies) == 7 * 12
     assert all("Pinned" in e["name"] for e in copies)
-    spans = sorted((e["ts"], e["ts"] + e["dur"]) for e in kernels)
-    beside = [c for c in copies if any(start < c["ts"] + c["dur"] and c["ts"] < end for start, end in spans)]
+    # Short kernels leave gaps in which the next is started; a device that waits for a copy stands still for longer.
+    busy = [(e["ts"] - 100, e["ts"] + e["dur"] + 100) for e in kernels]
+    beside = [c for c in copies if any(start < c["ts"] and c["ts"] + c["dur"] < end for start, end in merged(busy))]
     assert len(beside) > len(copies) / 2
 
 

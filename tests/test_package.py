@@ -38,6 +38,7 @@ ORDER = (
     "pruning",
     "evaluation",
     "demo",
+    "cluster",
     "sweep",
     "cli",
 )
@@ -109,7 +110,7 @@ def test_the_settings_that_change_a_number_are_sorted_by_hand():
     assert set(identity_fields()) == {"dtype", "trust_remote_code"}
     assert {field.name for field in fields(TraceSettings)} - set(identity_fields()) == {
         "model", "revisions", "out", "demo", "calibration", "tokenizer", "samples", "sequence_length", "batch_size",
-        "device", "engine", "fetch", "disk_budget", "keep", "dry_run", "yes",
+        "device", "devices", "shard", "cluster", "engine", "fetch", "disk_budget", "keep", "dry_run", "yes",
             "tokens_per_step", "endpoint", "offline", "json", "quiet",
     }  # fmt: skip
 

@@ -33,7 +33,7 @@ def sweep(hub, out, *more):
 
 def test_a_dry_run_tells_and_does_nothing(served, size, tmp_path, capsys):
     assert sweep(served, tmp_path / "run", "--dry-run", "--revisions", "all") == 0
-    moved, most = planning.amount(5 * size), planning.amount(2 * size)
+    moved, most = planning.amount(5 * size), planning.amount(3 * size)
     told = capsys.readouterr().out
     assert told.startswith(f"5 checkpoints, {moved} to move, at most {most} on disk at a time, about ")
     assert "/s as measured now." in told

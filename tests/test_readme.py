@@ -14,8 +14,8 @@ from redundancy_trace.store import SCORE_SCHEMA
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-# Of pip, git and pytest, in the commands that install and test.
-OTHERS = {"--dist", "--no-deps", "--index-url"}
+# Of pip, git, pytest and sbatch.
+OTHERS = {"--dist", "--no-deps", "--index-url", "--array", "--wrap"}
 COMMANDS = [command.name for command in app.registered_commands]
 
 

@@ -12,16 +12,18 @@ import polars as pl
 import pytest
 from fake_scores import PYTHIA_STEPS, fake_scores
 from made_runs import value_at, write_made_run
+from made_scores import ranked, scores_of
 from playwright.sync_api import Browser, Page, sync_playwright
 
 import redundancy_trace as rt
 from redundancy_trace import cli
 from redundancy_trace.errors import InputError
 from redundancy_trace.report import words
+from redundancy_trace.report.curves import costs
 from redundancy_trace.report.gathering import gather
 from redundancy_trace.report.reproducing import commands
 from redundancy_trace.settings import TraceSettings
-from redundancy_trace.store import read_scores, write_json
+from redundancy_trace.store import EVALUATION_SCHEMA, read_scores, write_evaluations, write_json
 
 STEPS = [0, 1, 2, 4, 8, 16, 32]
 N_LAYERS = 5
@@ -132,6 +134,14 @@ def test_the_words_hold_the_numbers_of_the_statistics(run):
     assert "5 checkpoints, from step0 to" in words.lead(gather(run)) or "6 checkpoints" in words.lead(gather(run))
 
 
+def test_published_orders_of_the_model_are_held_against_it(tmp_path):
+    orders = [25, 26, 24, 22, 27, 28, 1, 2]  # six of the eight that the paper's authors drop first
+    scores = scores_of({"attn": [ranked(orders, 32)] * 2}, [0, 8], model="mistralai/Mistral-7B-v0.1")
+    said = dict(words.findings(gather(write_made_run(tmp_path / "run", scores)).stats))["Against published orders"]
+    assert "first to drop, 6 are among the 8 most redundant of step8 (Jaccard 0.60; 0.15 by chance)." in said
+    assert "2406.15786" in said
+
+
 def test_what_is_left_out_is_named_with_its_reason(run):
     said = " ".join(words.left_out(gather(run).stats))
     for name, why in (
@@ -182,6 +192,43 @@ def test_checkpoints_of_earlier_sweeps_are_named_one_by_one(tmp_path):
     )  # fmt: skip
     [command] = commands(gather(folder))
     assert "--revisions step1,step2,step4,step3 " in command
+
+
+def test_flags_that_were_given_several_times_are_given_so_again(tmp_path):
+    folder = write_made_run(
+        tmp_path / "run", fake_scores(STEPS), calibration=["pydoc", "o.txt"], samples=[8, 16], demo=True, model=None
+    )
+    assert commands(gather(folder)) == [
+        "trace --demo --calibration pydoc --calibration o.txt --samples 8 --samples 16 --dtype float32"
+    ]
+    assert '<td class="long">pydoc, o.txt</td>' in rt.write_report(folder).read_text()
+
+
+def test_what_drops_cost_along_training_is_drawn_where_it_was_measured(tmp_path):
+    steps = [0, 10, 100]
+    folder = write_made_run(tmp_path / "run", fake_scores(steps))
+    assert gather(folder).costs is None
+    shared = {"purpose": "along", "metric": "loss", "dataset": "pydoc 4x8", "n_dropped": 1, "component": "attn"}
+    rows = []
+    for k, step in enumerate(steps):
+        at = {**shared, "model": "org/model", "revision": f"step{step}", "commit": f"{k:040x}", "step": step}
+        rows.append({**at, "value": 5.0 - k, "n_dropped": 0, "component": None})
+        plan = {**at, "plan": "attn=25%", "plan_revision": at["revision"]}
+        rows.append({**plan, "order": "importance", "value": 5.0 - k + 0.125 * k})
+        rows += [{**plan, "order": "random", "order_seed": s, "value": 5.0 - k + 0.25 * (s + 1)} for s in (0, 1)]
+        if step != 100:
+            last = {"revision": "step100", "commit": f"{2:040x}", "step": 100}
+            rows.append({**plan, **last, "order": "importance", "value": 3.0 + 0.5 * (k + 1)})
+    frame = pl.DataFrame([{**row, "identity": "i"} for row in rows], schema=EVALUATION_SCHEMA)
+    write_evaluations(folder / "evaluations" / "made.parquet", frame)
+    [chart] = costs(gather(folder))
+    assert chart["title"] == "Loss added with Attention 25% dropped, on pydoc 4x8 (band: random plans)"
+    assert [(line["label"], line["value"], line["low"], line["high"]) for line in chart["lines"]] == [
+        ("its own plan", [0.0, 0.125, 0.25], [None] * 3, [None] * 3),
+        ("that plan on the last", [0.5, 1.0, 0.25], [None] * 3, [None] * 3),
+        ("random plans", [0.375] * 3, [0.25] * 3, [0.5] * 3),
+    ]
+    assert "Loss added with Attention 25% dropped" in rt.write_report(folder).read_text()
 
 
 def test_every_calibration_has_its_command_and_the_one_asked_for_is_shown(tmp_path):

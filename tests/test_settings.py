@@ -16,6 +16,9 @@ from redundancy_trace.sweep import settings_from
 FIELDS = dataclasses.fields(TraceSettings)
 # Settings that take neither any word nor nothing.
 GIVEN = {
+    "devices": "cpu,cpu",
+    "shard": "1/2",
+    "cluster": "ray",
     "engine": "whole",
     "fetch": "file",
     "disk_budget": "100GB",

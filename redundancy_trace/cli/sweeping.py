@@ -38,7 +38,7 @@ def _sweep(ctx: typer.Context, *, version: bool = False, **options: Any) -> int 
         typer.echo(json.dumps(_plan_as_json(result), indent=1) if settings.json else result.plan.told())
     elif settings.json:
         typer.echo(json.dumps(_result_as_json(result), indent=1))
-    elif result.scored or result.kept:
+    elif result.stored:
         print_result(result)
     if result.failures:
         say(failure_summary(result, told=not settings.quiet))
@@ -90,7 +90,7 @@ def _result_as_json(result: "SweepResult") -> dict[str, Any]:
         "kept": result.kept,
         "failures": result.failures,
         "figures": [str(path) for path in result.figures],
-        "checkpoints": _summary(result).to_dicts() if result.scored or result.kept else [],
+        "checkpoints": _summary(result).to_dicts() if result.stored else [],
     }
 
 

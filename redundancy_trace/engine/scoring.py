@@ -16,8 +16,12 @@ from redundancy_trace.weights import ModelBuilder, WeightFiles, load_whole_model
 _BATCH_TOKENS = 4096
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name: str, flag: str = "--device") -> torch.device:
     """`auto` or a torch device name → a device that is there.
+
+    Args:
+        name: The name.
+        flag: Where the user gave it, for messages.
 
     Raises:
         InputError: If the name is unknown or this machine has no such device.
@@ -28,13 +32,13 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise InputError(f"--device {name!r} is no device; try auto, cpu, cuda, cuda:1 or mps.") from error
+        raise InputError(f"{flag} {name!r} is no device; try auto, cpu, cuda, cuda:1 or mps.") from error
     count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(has_mps)}.get(device.type)
     if count is None:
-        raise InputError(f"--device {name!r} is not supported; try auto, cpu, cuda, cuda:1 or mps.")
+        raise InputError(f"{flag} {name!r} is not supported; try auto, cpu, cuda, cuda:1 or mps.")
     if (device.index or 0) >= count:
         found = f"{count} {device.type} devices" if count else f"no {device.type} device"
-        raise InputError(f"--device {name}: this machine has {found}; try --device auto or --device cpu.")
+        raise InputError(f"{flag} {name}: this machine has {found}; try --device auto or --device cpu.")
     return device
 
 

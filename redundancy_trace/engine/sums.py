@@ -15,8 +15,9 @@ from redundancy_trace.similarity import COMPARED, compare, compare_lengths, pair
 
 # States of all layers that the block-distance matrix may hold, in bytes of float32.
 DISTANCE_BYTES = 256 * 2**20
-# Numbers of a tile: on the CPU what stays in its cache, elsewhere what keeps temporary memory small.
-_TILE = {"cpu": 2**18}
+# Numbers of a tile: on the CPU what a thread keeps in its cache (below, starting the threads takes longer than their
+# work), elsewhere what keeps temporary memory small.
+_TILE_OF_A_THREAD = 2**19
 _LARGE_TILE = 2**24
 # Most logits that are computed at a time: 128 MiB of float32.
 LOGITS = 2**25
@@ -24,7 +25,8 @@ LOGITS = 2**25
 
 def tile_tokens(device: torch.device, width: int) -> int:
     """How many tokens of a width are compared at a time."""
-    return max(1, _TILE.get(device.type, _LARGE_TILE) // width)
+    numbers = _TILE_OF_A_THREAD * torch.get_num_threads() if device.type == "cpu" else _LARGE_TILE
+    return max(1, numbers // width)
 
 
 def mean_and_error(sums_N: np.ndarray, counts_N: np.ndarray) -> tuple[float | None, float | None, int, int]:

@@ -32,6 +32,8 @@ _COLOURS = {"attn": "#0072B2", "mlp": "#D55E00", "block": "#009E73", "joint": "#
 _MARKERS = {"attn": "s", "mlp": "*"}
 _GREY = "0.55"
 _FINE = (0, (1, 1.5))
+# What a speed or a cache's size depends on, beside the plan.
+_LOAD = ("batch_size", "prompt_tokens", "new_tokens", "device", "dtype")
 Curve = tuple[Array, Array]
 
 
@@ -53,7 +55,7 @@ def plot_quality(
         evaluations: Rows of one checkpoint, as `read_evaluations` gives them.
         component: `attn`, `mlp`, `block` or `joint`.
         metric: What was measured: `loss`, or a metric of a task such as `acc_norm`.
-        dataset: On what; None = the first that has such rows.
+        dataset: On what; None = where most plans were measured.
         ax: Where to draw; None = a new figure one column wide.
         legend: Whether to explain the lines.
 
@@ -116,7 +118,7 @@ def plot_joint(
     Args:
         evaluations: Rows of one checkpoint, as `read_evaluations` gives them.
         metric: What was measured.
-        dataset: On what; None = the first that has such rows.
+        dataset: On what; None = where most plans were measured.
         ax: Where to draw; None = a new figure one column wide.
 
     Returns:
@@ -137,7 +139,7 @@ def plot_joint(
                 on.plot(x, y, color=_COLOURS[kind], linewidth=0.8, alpha=0.8)
                 handles.append(Line2D([], [], color=_COLOURS[kind], linewidth=0.8, label=_LABELS[kind]))
         colour = _COLOURS["joint"]
-        on.plot(*_curve(joint, whole), color=colour, linewidth=1)
+        on.plot(*_curve(joint, whole), color=colour, linewidth=1, zorder=1.8)  # behind what it may coincide with
         handles.insert(0, Line2D([], [], color=colour, linewidth=1, label=_LABELS["joint"]))
         for kind, marker in _MARKERS.items():
             steps = joint.filter(pl.col("last_component") == kind)
@@ -171,7 +173,7 @@ def plot_tradeoff(
         against: `speed`: how many times as fast a model decodes as the whole one; `memory`: weights and KV cache, as a
             share of the whole model's.
         metric: Quality.
-        dataset: On what; None = the first that has such rows.
+        dataset: On what; None = where most plans were measured.
         ax: Where to draw; None = a new figure one column wide.
 
     Returns:
@@ -367,6 +369,8 @@ def joint_values(evaluations: pl.DataFrame, metric: str = "loss", dataset: str |
 def tradeoff_values(evaluations: pl.DataFrame, metric: str = "loss", dataset: str | None = None) -> pl.DataFrame:
     """One row a plan: `quality`, `speedup`, `bytes` (weights and KV cache) and `memory_share`; the whole model first.
 
+    Of several batch sizes and lengths, those at which most plans were measured.
+
     Raises:
         InputError: There are no such rows, or they are of several checkpoints.
     """
@@ -377,6 +381,7 @@ def tradeoff_values(evaluations: pl.DataFrame, metric: str = "loss", dataset: st
         "model", "revision", "commit", "step", "tokens", "dataset", "plan", "component", "order", "n_dropped",
         "plan_sha256", quality="value", quality_stderr="stderr",
     ).unique(subset=keys, maintain_order=True)  # fmt: skip
+    rows = _most_measured(rows.filter(pl.col("prompt_tokens").is_not_null()), list(_LOAD))
     for metric_name, column in (
         ("decode_speedup", "speedup"),
         ("decode_speedup_bound", "speedup_bound"),
@@ -453,13 +458,15 @@ def _on_one(rows: pl.DataFrame, metric: str, dataset: str | None) -> pl.DataFram
     """The rows of one metric on one text or task, of one checkpoint."""
     found = rows.filter(pl.col("metric") == metric)
     if found.is_empty():
-        known = ", ".join(rows["metric"].unique(maintain_order=True).to_list()) or "none"
-        raise InputError(f"No {metric} was measured for this; there is {known}.")
-    wanted = found["dataset"][0] if dataset is None else dataset
-    one = found.filter(pl.col("dataset") == wanted)
+        known = ", ".join(rows["metric"].unique(maintain_order=True).to_list())
+        hint = (
+            f"there is {known}" if known else "trace eval does, with --curve attn,mlp,block,joint or --plan PLAN.json"
+        )
+        raise InputError(f"No {metric} was measured for this; {hint}.")
+    one = _most_measured(found, ["dataset"]) if dataset is None else found.filter(pl.col("dataset") == dataset)
     if one.is_empty():
         known = ", ".join(found["dataset"].unique(maintain_order=True).to_list())
-        raise InputError(f"No {metric} was measured on {wanted!r}; there is {known}.")
+        raise InputError(f"No {metric} was measured on {dataset!r}; there is {known}.")
     places = one.select("revision", "commit").unique(maintain_order=True)
     if len(places) > 1:
         raise InputError(
@@ -467,6 +474,13 @@ def _on_one(rows: pl.DataFrame, metric: str, dataset: str | None) -> pl.DataFram
             "one: rows.filter(polars.col('revision') == …)."
         )
     return one
+
+
+def _most_measured(rows: pl.DataFrame, conditions: list[str]) -> pl.DataFrame:
+    """The rows under those conditions at which most plans were measured; of equals, the first."""
+    counted = rows.group_by(conditions, maintain_order=True).agg(n=pl.col("plan_sha256").n_unique())
+    most = counted.sort("n", descending=True, maintain_order=True).head(1)
+    return rows.join(most, on=conditions, how="semi", nulls_equal=True, maintain_order="left")
 
 
 def _whole(rows: pl.DataFrame) -> float:

@@ -176,6 +176,7 @@ class Hub:
         folder: Path,
         on_bytes: Callable[[int], None] | None = None,
         stopped: Event | None = None,
+        on_arrival: Callable[[], None] | None = None,
     ) -> None:
         """Fetch files of a commit into `folder`, up to eight parts at a time, and check their hashes.
 
@@ -190,6 +191,7 @@ class Hub:
             on_bytes: Told the bytes of each chunk that arrives, never by two threads at once; negative when
                 a file starts again. An exception that it raises ends the download.
             stopped: Once set, the download ends at its next chunk, and no retry is waited for. It is set by a failure.
+            on_arrival: Called when the last byte is there, before the hashes are checked.
 
         Raises:
             CheckpointError: A file cannot be had: missing, no access, no answer, connection lost, wrong content,
@@ -202,7 +204,7 @@ class Hub:
             )
         remotes = [(file, self.remote_file(repo, commit, file), folder / file.path) for file in files]
         with self._told(CheckpointError, repo, commit):
-            download_files(remotes, Meter(on_bytes, stopped))
+            download_files(remotes, Meter(on_bytes, stopped), on_arrival)
 
     def remote_file(self, repo: str, commit: str, file: RepoFile) -> RemoteFile:
         """A file of a commit, to be read by ranges; nothing is asked for yet."""

@@ -1,6 +1,6 @@
 """Files of a commit → this disk: in parts and in parallel, taken up again where they stopped, checked at the end."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
@@ -61,12 +61,14 @@ class _Transfer:
 def download_files(
     files: Sequence[tuple[RepoFile, RemoteFile, Path]],
     meter: Meter,
+    on_arrival: Callable[[], None] | None = None,
 ) -> None:
     """Fetch files, up to eight parts at a time; a file that is there under its name stays.
 
     Args:
         files: What each is, where it comes from, where it goes.
         meter: Told the bytes; once it is stopped, the download ends at its next chunk.
+        on_arrival: Called when the last byte is there, before the hashes are checked: the network is free.
 
     Raises:
         WrongContent: A file has another hash than the repository tells, after a second try.
@@ -81,6 +83,8 @@ def download_files(
                 opened.callback(partial.leave)
                 transfers.append(_Transfer(remote, partial, meter))
             _fetch_parts(transfers, meter)
+            if on_arrival and not again:
+                on_arrival()
             missing = []
             with ThreadPoolExecutor(PARALLEL_PARTS, "verify") as pool:
                 rights = list(pool.map(lambda transfer: transfer.partial.is_right(), transfers))

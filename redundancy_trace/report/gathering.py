@@ -22,7 +22,16 @@ from redundancy_trace.analysis import (
 )
 from redundancy_trace.checkpoints import Listing, listing_from_json
 from redundancy_trace.errors import InputError
-from redundancy_trace.store import CalibrationRecord, Run, read_duplicates, read_failures, read_run, read_scores
+from redundancy_trace.figures.quality import along_values
+from redundancy_trace.store import (
+    CalibrationRecord,
+    Run,
+    read_duplicates,
+    read_evaluations,
+    read_failures,
+    read_run,
+    read_scores,
+)
 
 
 @dataclass(frozen=True)
@@ -38,6 +47,7 @@ class Sources:
         failures: The labels and the reason of each checkpoint that has no scores on that calibration.
         listing: The refs that the run saw; None where it keeps no list that can be read.
         stats: What `trace stats` says.
+        costs: What drops add to the loss along training, as `along_values` gives it; None where it was not measured.
     """
 
     run: Run
@@ -48,6 +58,7 @@ class Sources:
     failures: tuple[Mapping[str, Any], ...]
     listing: Listing | None
     stats: TrainingStats
+    costs: pl.DataFrame | None
 
     @cached_property
     def shown(self) -> pl.DataFrame:
@@ -78,6 +89,14 @@ class Sources:
             for name, other, partial in self.duplicates.select("revision", "duplicate_of", "partial").rows()
         }
         return failed | repeats
+
+    @cached_property
+    def series_columns(self) -> list[int]:
+        """Where in `checkpoints` each checkpoint of the series stands."""
+        keys = ["revision", "commit"]
+        series, order = self.stats.series.checkpoints.select(keys), self.checkpoints.select("order", *keys)
+        joined = series.join(order, on=keys, how="left", nulls_equal=True, maintain_order="left")
+        return [int(column) for column in joined["order"]]
 
     @cached_property
     def table(self) -> list[dict[str, Any]]:
@@ -135,7 +154,15 @@ def gather(folder: Path, calibration: str | None = None) -> Sources:
         failures=failures,
         listing=_listing(folder / "listing.json"),
         stats=training_stats(scores, duplicates, calibration=name, failed=failed),
+        costs=_costs(folder),
     )
+
+
+def _costs(folder: Path) -> pl.DataFrame | None:
+    try:
+        return along_values(read_evaluations(folder))
+    except InputError:
+        return None
 
 
 def _listing(file: Path) -> Listing | None:

@@ -572,13 +572,6 @@
     }
   }
 
-  // The lines of the curves, with the same colours over depth.
-  const styles = {
-    attn: { colour: "#0072b2", dashes: "" },
-    mlp: { colour: "#d55e00", dashes: "7 3" },
-    block: { colour: "#009e73", dashes: "2 3" },
-  };
-
   function drawProfile() {
     const chart = new Chart(byId("profile"), "The chosen metric over depth at the chosen checkpoint");
     const layers = [...Array(data.layers).keys()];
@@ -587,12 +580,11 @@
     followers.push(() => {
       const { low, high, log } = metric.profile;
       byId("profile-title").textContent = `${metric.label} over depth at ${checkpointText(chosen)}`;
-      const lines = data.components.map(({ name, label: text }) => {
+      const lines = data.components.map(({ name, ...style }) => {
         const value = layers.map((layer) => shownValue(name, chosen, layer));
         const error = layers.map((layer) => metric.errors[name][cell(chosen, layer)]);
         return {
-          label: text,
-          ...styles[name],
+          ...style,
           value,
           low: value.map((number, layer) => number - error[layer]),
           high: value.map((number, layer) => number + error[layer]),

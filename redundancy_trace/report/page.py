@@ -166,12 +166,9 @@ def _settings(sources: Sources) -> list[tuple[str, str]]:
     given = sources.made_with["settings"]
     kept = {"dtype": sources.run.dtype, "trust_remote_code": sources.run.trust_remote_code}
     hidden = ("out", "endpoint", "json", "quiet", "yes", "dry_run")
-    rows = {**given, **kept}
-    return [
-        (name, str(value))
-        for name, value in rows.items()
-        if name not in hidden and value is not None and value is not False
-    ]
+    rows = {name: value for name, value in {**given, **kept}.items() if name not in hidden}
+    told = {name: ", ".join(map(str, value)) if isinstance(value, list) else value for name, value in rows.items()}
+    return [(name, str(value)) for name, value in told.items() if value not in (None, False, "")]
 
 
 def _size(value: int | None) -> str:

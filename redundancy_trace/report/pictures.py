@@ -1,35 +1,28 @@
 """The numbers that the page's script draws, ready for JSON; matrices as base64 of their bytes, so that none is rounded.
 
 Of a matrix of C checkpoints and L layers the layers of one checkpoint stand together; NaN = nothing is shown there.
-Positions along training run from 0 to 1, as the figures place them.
 """
 
 import base64
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import polars as pl
 from matplotlib.colors import Colormap
-from matplotlib.ticker import LogLocator, MaxNLocator
+from matplotlib.ticker import LogLocator
 from numpy.typing import NDArray
 
 from redundancy_trace.analysis import Axis, metric_values, rank_agreement, training_axis
 from redundancy_trace.analysis.ranks import drop_places
 from redundancy_trace.figures.style import Array, beyond, colour_limits, colour_map, compact, layer_ticks, shortened
-from redundancy_trace.figures.training import TrainingScale, fitting_ticks, tick_label, training_scale
-from redundancy_trace.metrics import COMPONENT_LABELS, COMPONENTS, IMPORTANCE, LAYER_METRICS, LOSS, Metric
+from redundancy_trace.metrics import COMPONENTS, IMPORTANCE, LAYER_METRICS, LOSS, Metric
+from redundancy_trace.report.curves import MOST_TICKS, costs, curves, labelled, line_style, linear_axis
 from redundancy_trace.report.gathering import Sources
 
-# Told apart by everybody (Okabe and Ito's colours), and by their dashes in print.
-LINES = {"attn": ("#0072b2", ""), "mlp": ("#d55e00", "7 3"), "block": ("#009e73", "2 3"), "": ("#333333", "")}
 # Importance comes from the stored similarity, which hovering shows too.
 SHOWN = (IMPORTANCE, *(metric for name, metric in LAYER_METRICS.items() if name != "cosine_similarity"))
 # Agreement is quantised: no reader needs more than four decimals of a rank correlation.
 QUANTUM, NO_AGREEMENT = 1e-4, -32768
-_MOST_TICKS = 5
-# Characters of the tick labels that stand side by side on the narrowest screen.
-_TICK_ROOM = 36.0
 
 
 def pictures(sources: Sources) -> dict[str, Any]:
@@ -40,13 +33,13 @@ def pictures(sources: Sources) -> dict[str, Any]:
     return {
         "checkpoints": _checkpoints(sources),
         "ticks": _column_ticks(sources.shown, order),
-        "components": [{"name": name, "label": COMPONENT_LABELS[name]} for name in values.components],
+        "components": [{"name": name, **line_style(name)} for name in values.components],
         "layers": values.n_layers,
         "layerTicks": layer_ticks(1, values.n_layers - 1) if values.n_layers > 1 else [],
         "metrics": [_metric(values, metric, maps) for metric in SHOWN if metric.name in values.by_metric],
         "places": {name: _encoded(places, np.uint16) for name, places in values.places.items()},
         "agreement": _agreement(sources, maps),
-        "curves": list(_curves(sources)),
+        "curves": [*curves(sources), *costs(sources)],
         "maps": {name: _hex(colours) for name, colours in maps.items()},
     }
 
@@ -126,22 +119,9 @@ def _depth_axis(values: Array, metric: Metric) -> dict[str, Any]:
     if metric.redundant == 0 and positive.size:
         low, high = float(positive.min()) / 1.3, float(positive.max()) * 1.3
         ticks = [tick for tick in LogLocator(numticks=6).tick_values(low, high) if low <= tick <= high]
-        return {"log": True, "low": low, "high": high, "ticks": _labelled(ticks)}
-    low, high, ticks = _linear_axis(values)
-    return {"log": False, "low": low, "high": high, "ticks": _labelled(ticks)}
-
-
-def _linear_axis(values: Array) -> tuple[float, float, list[float]]:
-    values = values[np.isfinite(values)]
-    low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 1.0)
-    pad = 0.05 * (high - low) or 0.05 * abs(high) or 0.5
-    low, high = low - pad, high + pad
-    ticks = MaxNLocator(nbins=_MOST_TICKS, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
-    return low, high, [float(tick) for tick in ticks if low <= tick <= high]
-
-
-def _labelled(ticks: list[float]) -> list[dict[str, Any]]:
-    return [{"at": float(tick), "label": f"{tick + 0.0:.4g}"} for tick in ticks]
+        return {"log": True, "low": low, "high": high, "ticks": labelled(ticks)}
+    low, high, ticks = linear_axis(values)
+    return {"log": False, "low": low, "high": high, "ticks": labelled(ticks)}
 
 
 def _checkpoints(sources: Sources) -> list[dict[str, Any]]:
@@ -175,7 +155,7 @@ def _where(row: dict[str, Any]) -> str:
 def _column_ticks(shown: pl.DataFrame, order: pl.DataFrame) -> dict[str, Any]:
     """A few columns of the heatmaps and what stands below them: tokens, steps, or names."""
     axis = training_axis(shown)
-    count = _MOST_TICKS if axis.column != "index" else 2
+    count = MOST_TICKS if axis.column != "index" else 2
     columns = sorted({round(k * (order.height - 1) / max(1, count - 1)) for k in range(count)})
     unit = {"tokens": "tokens", "step": "optimizer steps"}.get(axis.column, "")
     return {
@@ -206,96 +186,11 @@ def _agreement(sources: Sources, maps: dict[str, Colormap]) -> dict[str, Any] | 
         steps = np.where(np.isnan(matrix), NO_AGREEMENT, np.round(matrix / QUANTUM))
         matrices[component] = _encoded(steps, np.int16)
     return {
-        "columns": _columns_of_series(sources),
+        "columns": sources.series_columns,
         "values": matrices,
         "quantum": QUANTUM,
         "none": NO_AGREEMENT,
         "map": _named(colour_map(LAYER_METRICS["update_cosine"]), maps),
-    }
-
-
-def _columns_of_series(sources: Sources) -> list[int]:
-    """The column of the heatmaps in which each checkpoint of the series stands."""
-    keys = ["revision", "commit"]
-    series = sources.stats.series.checkpoints.select(keys)
-    joined = series.join(
-        sources.checkpoints.select("order", *keys), on=keys, how="left", nulls_equal=True, maintain_order="left"
-    )
-    return [int(column) for column in joined["order"]]
-
-
-def _curves(sources: Sources) -> Iterator[dict[str, Any]]:
-    """One chart a statistic; none of a single checkpoint."""
-    stats = sources.stats
-    if stats.series.checkpoints.height < 2:
-        return
-    scale = training_scale(stats.series.axis)
-    chances = {stats.chance(name) for name in stats.series.grids}
-    charts = (
-        ("importance_inner", "Mean importance, without the first and the last layer", None),
-        ("spearman", "Order of the layers against the last checkpoint's: Spearman", 0.0),
-        (
-            "overlap",
-            "Most redundant quarter of the layers, shared with the last checkpoint's: Jaccard",
-            chances.pop() if len(chances) == 1 else None,
-        ),
-        ("attn_below_mlp", "Share of the layers whose attention is less important than their MLP", None),
-        ("attn_first", "Attentions that would be dropped before the first MLP", None),
-        ("last_layer", "Importance of the last layer ÷ median of the inner layers", None),
-    )
-    columns = _columns_of_series(sources)
-    for statistic, title, chance in charts:
-        rows = stats.curves.filter(statistic=statistic)
-        if rows.is_empty():
-            continue
-        lines = [
-            _line(name if name in COMPONENT_LABELS else "", part)
-            for (name,), part in rows.partition_by("component", as_dict=True).items()
-        ]
-        yield _chart(title, lines, scale, columns, chance)
-    if LOSS.name in sources.scores["metric"]:
-        rows = metric_values(sources.shown, LOSS.name).select("order", "value", "stderr")
-        rows = pl.DataFrame({"order": columns}, schema={"order": rows.schema["order"]}).join(
-            rows, on="order", how="left", maintain_order="left"
-        )
-        error = pl.col("stderr")
-        rows = rows.with_columns(low=pl.col("value") - error, high=pl.col("value") + error)
-        yield _chart("Loss (nats per token; band: one standard error)", [_line("", rows)], scale, columns, None)
-
-
-def _line(component: str, rows: pl.DataFrame) -> dict[str, Any]:
-    colour, dashes = LINES[component]
-    return {
-        "label": COMPONENT_LABELS.get(component, ""),
-        "colour": colour,
-        "dashes": dashes,
-        **{name: rows[name].to_list() for name in ("value", "low", "high")},
-    }
-
-
-def _chart(
-    title: str, lines: list[dict[str, Any]], scale: TrainingScale, columns: list[int], chance: float | None
-) -> dict[str, Any]:
-    numbers = [x for line in lines for name in ("value", "low", "high") for x in line[name] if x is not None]
-    low, high, ticks = _linear_axis(np.array([*numbers, *([] if chance is None else [chance])]))
-    first, last = scale.spread(np.array([scale.starts[0], scale.ends[-1]]))
-
-    def place(value: float) -> float:
-        return float((scale.spread(np.array([value]))[0] - first) / (last - first))
-
-    at = fitting_ticks(scale, _MOST_TICKS, lambda tick: float(len(tick_label(scale, tick)) + 2), _TICK_ROOM)
-    return {
-        "title": title,
-        "axis": scale.axis.label + (", log scale" if scale.axis.log else ""),
-        "x": [place(value) for value in scale.values],
-        "columns": columns,
-        "apart": scale.n_placed,
-        "ticks": [{"at": place(tick), "label": tick_label(scale, tick).replace(r"\$", "$")} for tick in at],
-        "low": low,
-        "high": high,
-        "yTicks": _labelled(ticks),
-        "lines": lines,
-        "chance": chance,
     }
 
 

@@ -46,13 +46,21 @@ def _source(folder: Path, record: CalibrationRecord) -> dict[str, Any]:
 def _command(settings: Mapping[str, Any]) -> str:
     words = ["trace"]
     for field in fields(TraceSettings):
-        value = settings.get(field.name, field.default)
-        if field.name in _NEEDLESS or value is None or value is False or value == field.default:
+        default = _each(field.default)
+        given = _each(settings.get(field.name, field.default))
+        if field.name in _NEEDLESS or given == default:
             continue
-        words.append(flag_of(field.name))
-        if value is not True:
-            words.append(_without_login(str(value)) if field.name == "endpoint" else str(value))
+        for value in given:
+            words.append(flag_of(field.name))
+            if value is not True:
+                words.append(_without_login(str(value)) if field.name == "endpoint" else str(value))
     return shlex.join(words)
+
+
+def _each(value: Any) -> list[Any]:
+    """The values of a flag, which some take several times; none of one that is not given."""
+    several = value if isinstance(value, list | tuple) else [value]
+    return [one for one in several if one is not None and one is not False]
 
 
 def _without_login(url: str) -> str:

@@ -7,6 +7,7 @@ import numpy as np
 
 from redundancy_trace.analysis import TrainingStats
 from redundancy_trace.analysis.agreement import quarter
+from redundancy_trace.analysis.published import BesidePublished
 from redundancy_trace.metrics import COMPONENT_LABELS
 from redundancy_trace.report.gathering import Sources
 
@@ -38,10 +39,13 @@ def left_out(stats: TrainingStats) -> list[str]:
 
 
 def findings(stats: TrainingStats) -> list[tuple[str, str]]:
-    """A heading and a paragraph for each component, and one for attention and MLP together."""
+    """A heading and a paragraph for each component, for attention and MLP together, and for published orders."""
     found = [(COMPONENT_LABELS[name], _of_component(stats, name)) for name in stats.series.grids]
     joint = _of_attention_and_mlp(stats)
-    return [*found, ("Attention against MLP", joint)] if joint else found
+    sources = [f"{source}." for source in dict.fromkeys(one.source for one in stats.published)]
+    published = " ".join([*(_of_published(one) for one in stats.published), *sources])
+    more = (("Attention against MLP", joint), ("Against published orders", published))
+    return [*found, *((heading, text) for heading, text in more if text)]
 
 
 def answers(stats: TrainingStats) -> str:
@@ -119,6 +123,14 @@ def _of_attention_and_mlp(stats: TrainingStats) -> str:
             f"before the first MLP{then}."
         )
     return " ".join(said)
+
+
+def _of_published(one: BesidePublished) -> str:
+    k = len(one.published)
+    return (
+        f"{COMPONENT_LABELS[one.component]}: of the {k} layers that were published as the first to drop, {one.shared} "
+        f"are among the {k} most redundant of {one.revision} (Jaccard {one.overlap:.2f}; {one.chance:.2f} by chance)."
+    )
 
 
 def _at_first(stats: TrainingStats, component: str, statistic: str) -> dict[str, Any]:

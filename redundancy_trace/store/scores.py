@@ -185,8 +185,9 @@ def open_run(
         raise InputError(f"--out {folder} cannot be written to ({error.strerror}); try another --out.") from error
     run = read_run(folder)
     if run is None:
-        # Token ids are kept before settings.json: alone, they are what a killed sweep left. Evaluations need no sweep.
-        ours = (".", "token_ids", "evaluations")
+        # Token ids and listing are kept before settings.json: alone, they are what a killed sweep left. Evaluations
+        # need no sweep.
+        ours = (".", "token_ids", "listing.json", "evaluations")
         names = sorted(path.name for path in folder.iterdir()) if there == folder else []
         foreign = [name for name in names if not name.startswith(ours)]
         if foreign:

@@ -3,10 +3,12 @@
 import json
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from redundancy_trace.checkpoints import Checkpoint, Listing, listing_from_json
+from redundancy_trace.cluster import told
 from redundancy_trace.errors import InputError
 from redundancy_trace.fetching import Fetched, discard, is_kept, keep
 from redundancy_trace.hub import Hub
@@ -27,7 +29,7 @@ from redundancy_trace.store import (
 )
 from redundancy_trace.sweep.evaluating import EvaluationResult, identity_of_facts, windows_facts
 from redundancy_trace.sweep.interrupting import interrupts_kept
-from redundancy_trace.sweep.pipeline import awaited, fetching_ahead, reason_of
+from redundancy_trace.sweep.pipeline import awaited, fetching_ahead
 from redundancy_trace.sweep.tasks import Task, labels_of
 
 if TYPE_CHECKING:
@@ -230,13 +232,13 @@ def _measure_all(
             except Exception as error:
                 if isinstance(error, InputError) and number == len(failures):
                     raise  # none could be measured so far: it is the input, not this checkpoint
-                failures[name] = reason_of(error)
-                reporter.finished(f"{name}: not measured: {failures[name]}")
+                failures[name] = str(told(error))
+                reporter.finished(name, f"{name}: not measured: {failures[name]}")
                 if fetched is None and following is not None:
                     ahead = begin(following)
             if rows is not None:
                 write_evaluations(evaluation_file(run.folder, step.labels), rows)
-                reporter.finished(f"{name} measured in {time.monotonic() - started:.1f} s")
+                reporter.finished(name, f"{name} measured in {time.monotonic() - started:.1f} s")
             if fetched is not None:
                 (keep if is_kept(fetched) else discard)(fetched)
     return failures
@@ -257,5 +259,6 @@ def _measured(
         dtype=getattr(torch, run.dtype),
         trust_remote_code=run.trust_remote_code,
     )
-    numbers = along_rows(model, windows, step.plans, batch_size=settings.batch_size, on_loss=reporter.step)
+    tell = partial(reporter.step, step.task.checkpoint.name)
+    numbers = along_rows(model, windows, step.plans, batch_size=settings.batch_size, on_loss=tell)
     return evaluations_frame(step.labels, "along", numbers)

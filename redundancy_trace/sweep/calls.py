@@ -46,7 +46,7 @@ def trace(model: str | Path | None = None, **settings: Any) -> "pl.DataFrame":
     """
     import polars as pl
 
-    from redundancy_trace.store import read_scores
+    from redundancy_trace.store import SCORE_SCHEMA, read_scores
 
     chosen = settings_from({"model": model, **settings})
     with reporting(quiet=chosen.quiet) as reporter:
@@ -55,8 +55,10 @@ def trace(model: str | Path | None = None, **settings: Any) -> "pl.DataFrame":
             reporter.line(result.plan.told())
     if chosen.dry_run:
         return result.listing.to_frame()
-    if not result.scored and not result.kept:
+    if result.failures and not result.stored:
         raise CheckpointError(failure_summary(result))
+    if not result.stored:  # of a shard that has none to score, before the others have
+        return pl.DataFrame(schema=SCORE_SCHEMA)
     scores = read_scores(result.folder)
     return pl.concat(scores.filter(calibration=name) for name in result.calibrations)
 

@@ -5,7 +5,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -252,8 +252,32 @@ def run_evaluation(
             write_evaluations(evaluation_file(place, labels), rows)
             measured += 1
             reporter.line(f"{part.name}: measured.")
-    rows = read_evaluations(place).filter(pl.col("identity").is_in(identities))
-    return EvaluationResult(place, rows, measured, kept, {})
+    stored_rows = read_evaluations(place)
+    rows = stored_rows.filter(pl.col("identity").is_in(identities))
+    here = rows if settings.curve else _of_checkpoint(stored_rows, subject.labels)
+    figures = _draw(
+        here, _figure_names(settings, plan), (place.parent if place.suffix == ".parquet" else place) / "figures"
+    )
+    return EvaluationResult(place, rows, measured, kept, {}, tuple(figures))
+
+
+def _of_checkpoint(rows: "pl.DataFrame", labels: Labels) -> "pl.DataFrame":
+    return rows.filter((rows["revision"] == labels.revision) & (rows["commit"] == labels.commit))
+
+
+def _figure_names(settings: EvaluationSettings, plan: "DropPlan | None") -> list[str]:
+    """The figures of what was measured just now."""
+    if settings.curve:
+        return ["quality", *(["joint"] if "joint" in listed(settings.curve) else [])]
+    return ["tradeoff"] if plan is not None and {"loss", "speed"} <= set(listed(settings.measure)) else []
+
+
+def _draw(rows: "pl.DataFrame", names: list[str], folder: Path) -> list[Path]:
+    if not names:
+        return []
+    from redundancy_trace.figures import draw_evaluations
+
+    return draw_evaluations(rows, folder, names)
 
 
 def evaluate_in_memory(
@@ -313,12 +337,14 @@ def _parts(
     if settings.curve:
         along = _curve_plans(subject)
         facts = {**windows_facts(subject.windows), "plans": [plan_hash(one) for one in along]}
+        name = "loss for every number dropped"
 
         def curve() -> list[Evaluated]:
-            reporter.scoring("loss for every number dropped")
-            return curve_rows(subject.model, subject.windows, along, batch_size=size, on_loss=reporter.step)
+            reporter.scoring(name)
+            tell = partial(reporter.step, name)
+            return curve_rows(subject.model, subject.windows, along, batch_size=size, on_loss=tell)
 
-        yield _Part("loss for every number dropped", "curve", facts, curve)
+        yield _Part(name, "curve", facts, curve)
         return
     if "loss" in listed(settings.measure):
 

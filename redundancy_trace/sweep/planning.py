@@ -1,6 +1,7 @@
 """What a sweep will cost, before it costs it: checkpoints, bytes to move, bytes on disk, time."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,8 @@ from redundancy_trace.errors import CheckpointError, InputError
 from redundancy_trace.hub import Hub
 from redundancy_trace.settings import TraceSettings, parse_bytes
 from redundancy_trace.sweep.calibrating import asked_for
-from redundancy_trace.sweep.tasks import identity_of
+from redundancy_trace.sweep.pipeline import AHEAD
+from redundancy_trace.sweep.tasks import identity_of, share_of
 
 if TYPE_CHECKING:
     from redundancy_trace.store import Run
@@ -27,11 +29,12 @@ class SweepPlan:
     """What a sweep would do.
 
     Attributes:
-        checkpoints: How many are chosen.
+        checkpoints: How many are chosen; of a shard, how many are in it.
         stored: How many of them have their scores already.
         bytes_to_move: Bytes of weights that come over the network; upper bound where they are streamed.
         bytes_on_disk: Most bytes of downloads on disk at a time.
         bytes_per_second: As measured just now; None where nothing is to be moved, or the server gave no byte.
+        shard: The share of the work that this is the plan of; None = all of it.
     """
 
     checkpoints: int
@@ -39,6 +42,7 @@ class SweepPlan:
     bytes_to_move: int
     bytes_on_disk: int
     bytes_per_second: float | None
+    shard: str | None = None
 
     @property
     def seconds(self) -> float | None:
@@ -48,6 +52,7 @@ class SweepPlan:
     def told(self) -> str:
         """The plan in a line."""
         count = f"{self.checkpoints} checkpoint{'' if self.checkpoints == 1 else 's'}"
+        count += f" in shard {self.shard}" if self.shard else ""
         stored = f" ({self.stored} scored already)" if self.stored else ""
         if not self.bytes_to_move:
             return f"{count}{stored}, no bytes to move."
@@ -58,7 +63,9 @@ class SweepPlan:
         return f"{count}{stored}, {moved}, about {_duration(self.seconds or 0)} at {rate}/s as measured now."
 
 
-def plan_sweep(settings: TraceSettings, listing: Listing, run: "Run | None", hub: Hub) -> SweepPlan:
+def plan_sweep(
+    settings: TraceSettings, listing: Listing, run: "Run | None", hub: Hub, places: Callable[[], int] = lambda: 1
+) -> SweepPlan:
     """What is left to do of a sweep, and what it takes; the beginning of a file is read to measure the rate.
 
     Args:
@@ -66,18 +73,21 @@ def plan_sweep(settings: TraceSettings, listing: Listing, run: "Run | None", hub
         listing: The checkpoints.
         run: The run so far, if there is one.
         hub: Where the weights are.
+        places: Tells how many checkpoints are scored at a time; asked if bytes are to be moved.
     """
-    left = _left(settings, listing, run)
+    share = _share(settings, listing)
+    left = _left(settings, listing, run, share)
     moving = [checkpoint for checkpoint in left if _moves(checkpoint, listing, hub)]
     # A stream is not kept: what is scored on several calibrations comes as many times.
     times = len(asked_for(settings, listing)) if settings.fetch == "stream" else 1
     total = times * sum(checkpoint.bytes or 0 for checkpoint in moving)
     return SweepPlan(
-        checkpoints=len(listing.chosen),
-        stored=len(listing.chosen) - len(left),
+        checkpoints=len(share),
+        stored=len(share) - len(left),
         bytes_to_move=total,
-        bytes_on_disk=_on_disk(settings, [moving[index].bytes or 0 for index in endpoints_first(len(moving))]),
+        bytes_on_disk=_on_disk(settings, [moving[index].bytes or 0 for index in endpoints_first(len(moving))], places),
         bytes_per_second=_rate(moving, listing, hub) if total else None,
+        shard=settings.shard,
     )
 
 
@@ -128,8 +138,16 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.0f} seconds"
 
 
-def _left(settings: TraceSettings, listing: Listing, run: "Run | None") -> list[Checkpoint]:
-    """The chosen checkpoints without stored scores on all calibrations, one of each commit."""
+def _share(settings: TraceSettings, listing: Listing) -> list[Checkpoint]:
+    """The chosen checkpoints; of a shard, those that it would score, as far as the listing tells them apart."""
+    if settings.shard is None:
+        return list(listing.chosen)
+    apart = {(c.commit, c.subfolder) if c.commit else c.name: c for c in reversed(listing.chosen)}
+    return share_of(list(reversed(apart.values())), settings.shard)
+
+
+def _left(settings: TraceSettings, listing: Listing, run: "Run | None", share: list[Checkpoint]) -> list[Checkpoint]:
+    """Those of a share without stored scores on all calibrations."""
     from redundancy_trace import store
 
     hashes: list[list[str]] = []
@@ -150,7 +168,7 @@ def _left(settings: TraceSettings, listing: Listing, run: "Run | None") -> list[
     def is_done(checkpoint: Checkpoint) -> bool:
         return run is not None and all(is_stored(checkpoint, digests) for digests in hashes)
 
-    return [checkpoint for checkpoint in listing.chosen if not is_done(checkpoint)]
+    return [checkpoint for checkpoint in share if not is_done(checkpoint)]
 
 
 def _moves(checkpoint: Checkpoint, listing: Listing, hub: Hub) -> bool:
@@ -161,13 +179,14 @@ def _moves(checkpoint: Checkpoint, listing: Listing, hub: Hub) -> bool:
     return hub.cached(checkpoint.repo or listing.model, checkpoint.commit, paths) is None
 
 
-def _on_disk(settings: TraceSettings, sizes: list[int]) -> int:
-    """One is scored while the next is being fetched, in the order of the sweep."""
+def _on_disk(settings: TraceSettings, sizes: list[int], places: Callable[[], int]) -> int:
+    """The most of those that are scored at a time and those that are fetched ahead, in the order of the sweep."""
     if settings.fetch == "stream" or not sizes:
         return 0
     if settings.keep:
         return sum(sizes)
-    most = max(first + second for first, second in zip(sizes, [*sizes[1:], 0], strict=True))
+    together = places() + AHEAD
+    most = max(sum(sizes[first : first + together]) for first in range(len(sizes)))
     return most if settings.disk_budget is None else min(most, parse_bytes(settings.disk_budget))
 
 

@@ -1,6 +1,8 @@
 """One sweep from the listing to the figures: list → calibrate → fetch and score → store → draw."""
 
 import json
+from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,15 +18,17 @@ from redundancy_trace.checkpoints import (
     remembered_from_json,
     reselected,
 )
+from redundancy_trace.cluster import Places, open_places
 from redundancy_trace.errors import CheckpointError, InputError, TraceError
 from redundancy_trace.fetching import sweep_out
 from redundancy_trace.hub import Hub
+from redundancy_trace.locking import alone_in
 from redundancy_trace.progress import Reporter
 from redundancy_trace.settings import TraceSettings
 from redundancy_trace.sweep.calibrating import asked_for, calibrate, calibration_label
 from redundancy_trace.sweep.pipeline import not_scored, score_all
 from redundancy_trace.sweep.planning import SweepPlan, check_plan, plan_sweep
-from redundancy_trace.sweep.tasks import labels_of, open_tasks
+from redundancy_trace.sweep.tasks import Task, all_tasks, labels_of, open_tasks
 
 if TYPE_CHECKING:
     from redundancy_trace.store import Run
@@ -48,6 +52,7 @@ class SweepResult:
         calibrations: Those of this sweep, as the rows name them, in the order asked for; a run may hold others.
         plan: What was to be done.
         listing: The checkpoints, chosen or not.
+        stored: Chosen checkpoints that have scores now; of a shard, those of the others too.
     """
 
     folder: Path
@@ -58,6 +63,7 @@ class SweepResult:
     calibrations: tuple[str, ...]
     plan: SweepPlan
     listing: Listing
+    stored: int = 0
 
 
 def run_sweep(settings: TraceSettings, reporter: Reporter) -> SweepResult:
@@ -73,6 +79,11 @@ def run_sweep(settings: TraceSettings, reporter: Reporter) -> SweepResult:
     Raises:
         InputError: If the input cannot be used; nothing is half-written.
     """
+    with open_places(settings.device, settings.devices, settings.cluster, reporter.line) as places:
+        return _sweep(settings, reporter, places)
+
+
+def _sweep(settings: TraceSettings, reporter: Reporter, places: Places) -> SweepResult:
     from redundancy_trace import store
 
     if settings.demo:
@@ -106,11 +117,10 @@ def run_sweep(settings: TraceSettings, reporter: Reporter) -> SweepResult:
     for note in listing.notes:
         reporter.line(note)
     if (run := found) is None:
-        from redundancy_trace.engine import choose_device, choose_dtype
-
-        dtype = str(choose_dtype(settings.dtype, choose_device(settings.device))).removeprefix("torch.")
-        run = store.Run(folder, model, dtype, settings.trust_remote_code, settings.tokens_per_step, ())
-    plan = plan_sweep(settings, listing, found, hub)
+        run = store.Run(
+            folder, model, places.dtype(settings.dtype), settings.trust_remote_code, settings.tokens_per_step, ()
+        )
+    plan = plan_sweep(settings, listing, found, hub, places.count)
     check_plan(settings, listing, plan)
     if settings.dry_run:
         asked = tuple(asked.label for asked in asked_for(settings, listing))
@@ -118,38 +128,56 @@ def run_sweep(settings: TraceSettings, reporter: Reporter) -> SweepResult:
     reporter.line(plan.told())
     calibrations, run = calibrate(settings, listing, run, hub)
     told = listing.notes
-    listing, failures = _with_commits(listing, remembered, settings.revisions)
+    # Of several processes that begin together, one reads all local files, the others take up what it found.
+    with alone_in(folder) if listing.source == "local" else nullcontext():
+        remembered |= _known_listing(listing_file, settings.model)[1]
+        listing, failures = _with_commits(listing, remembered, settings.revisions)
+        store.write_json(listing_file, listing_to_json(listing, remembered))
     for note in listing.notes[len(told) :]:
         reporter.line(note)
-    tasks, kept = open_tasks(listing, run, calibrations)
     run = store.write_run(run, given)
-    store.write_json(listing_file, listing_to_json(listing, remembered))
+    work = all_tasks(listing, run, calibrations)
+    tasks, kept = open_tasks(work, store.finished_parts(folder), settings.shard)
     labels = tuple(calibration_label(run, calibration) for calibration in calibrations)
 
     reporter.start(kept + len(tasks) + len(failures), kept)
     if kept:
         reporter.line(f"{kept} of {kept + len(tasks)} checkpoints are in {folder} already.")
-    left = {task.checkpoint.name for task in tasks} | set(failures)
     for label in labels:
-        store.clear_failures(folder, {checkpoint.name for checkpoint in listing.chosen} - left, label)
+        store.clear_failures(folder, _stored_names(listing, work, folder) - set(failures), label)
     for checkpoint in listing.chosen:
         if (reason := failures.get(checkpoint.name)) is not None:
             for label in labels:
                 store.write_failure(folder, labels_of(checkpoint, run, label), reason)
-            reporter.finished(not_scored(checkpoint.name, reason))
+            reporter.finished(checkpoint.name, not_scored(checkpoint.name, reason))
     scored = 0
     if tasks:
         try:
-            scored, failed = score_all(settings, listing, run, tasks, hub, reporter, any_stored=kept > 0)
+            scored, failed = score_all(settings, listing, run, tasks, hub, reporter, places, any_stored=kept > 0)
         except InputError:
             if found is None:
                 store.withdraw_run(run, given)
             raise
         failures |= failed
+    names = _stored_names(listing, work, folder)
     if not settings.keep:
-        sweep_out(folder, listing, (c for c in listing.chosen if c.name not in failures))
-    figures = _draw(run, listing, labels[0], reporter) if scored or kept else ()
-    return SweepResult(folder, scored, kept, failures, figures, labels, plan, listing)
+        names = _stored_names(listing, work, folder)
+        sweep_out(folder, listing, (c for c in listing.chosen if c.name in names))
+    finished = store.finished_parts(folder)
+    stored = sum(not task.parts_left(finished) for task in work)
+    if settings.shard is not None:
+        reporter.line(f"Table and figures show what is stored so far: {stored} of {len(work)} checkpoints.")
+    figures = _draw(run, listing, labels[0], reporter) if stored else ()
+    return SweepResult(folder, scored, kept, failures, figures, labels, plan, listing, stored)
+
+
+def _stored_names(listing: Listing, work: Sequence[Task], folder: Path) -> set[str]:
+    """Names of the chosen checkpoints that have scores, whichever process made them."""
+    from redundancy_trace.store import finished_parts
+
+    finished = finished_parts(folder)
+    done = {(t.checkpoint.commit, t.checkpoint.subfolder) for t in work if not t.parts_left(finished)}
+    return {c.name for c in listing.chosen if (c.commit, c.subfolder) in done}
 
 
 def failure_summary(result: SweepResult, *, told: bool = False) -> str:
@@ -194,8 +222,7 @@ def _trained_demo(reporter: Reporter) -> Path:
         if not told:
             reporter.line(f"Training the demo model for {steps} steps (once; kept in the cache) …")
             told = True
-        reporter.scoring(f"training step {step}")
-        reporter.step(step, steps)
+        reporter.training(step, steps)
 
     return demo_checkpoints(on_step=on_step)
 
@@ -254,10 +281,17 @@ def _with_commits(listing: Listing, remembered: dict[Any, str], revisions: str) 
 
 
 def _draw(run: "Run", listing: Listing, calibration: str, reporter: Reporter) -> tuple[Path, ...]:
+    """Draw the figures, one process at a time, so that the last of several draws what all of them stored."""
+    with suppress(OSError):  # told when the first figure is written
+        (run.folder / "figures").mkdir(parents=True, exist_ok=True)
+    with alone_in(run.folder / "figures"):
+        return _drawn(run, run.folder / "figures", listing, calibration, reporter)
+
+
+def _drawn(run: "Run", folder: Path, listing: Listing, calibration: str, reporter: Reporter) -> tuple[Path, ...]:
     """Draw the figures, unless what they show is what it was when all of them were drawn."""
     from redundancy_trace.store import finished_parts, read_duplicates, read_scores, write_json
 
-    folder = run.folder / "figures"
     mark = folder / ".drawn.json"
     shown = {
         "scores": sorted(finished_parts(run.folder)),

@@ -1,0 +1,158 @@
+"""Sweeps over a network of a set rate, against their slower half alone; and the time to the first figure.
+
+A loopback Hub whose answers share one cable serves randomly filled checkpoints. A few of them are scored from disk
+first: the seconds that the engine takes for all are one half, the bytes over the rate of the cable are the other.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.decoders import Shape, random_ids, save_decoder
+from benchmarks.ratios import Options, Ratio
+
+ROOT = Path(__file__).parents[1]
+_SCORED = re.compile(r"^\[\d+/\d+\] (\S+) scored in ([\d.]+) s$", re.MULTILINE)
+_COMMAND = "from redundancy_trace.cli import main; main()"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A sweep.
+
+    Attributes:
+        shape: Of the model.
+        checkpoints: How many.
+        sequences: Of 512 tokens that they are scored on.
+        balance: Seconds to move the bytes over seconds to score them; 1 leaves the least slack.
+    """
+
+    shape: Shape
+    checkpoints: int
+    sequences: int
+    balance: float = 1.0
+
+
+CASE = Case(Shape(width=768, layers=2, vocabulary=1024), checkpoints=24, sequences=24)
+TOY = Case(Shape(width=64, layers=1, vocabulary=64), checkpoints=3, sequences=2)
+BOUND = 1.15
+# Seconds from the command to the figures of one checkpoint, most of which are imports and drawing.
+FIRST_FIGURE_BOUND = 15.0
+# Scored from disk to tell what the engine takes; the first of them warms up and is not counted.
+_FROM_DISK = 4
+
+
+def measure(options: Options) -> list[Ratio]:
+    """Sweep some checkpoints from disk, then all over the cable."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    from loopback_hub import LoopbackHub
+
+    case = TOY if options.toy else CASE
+    with tempfile.TemporaryDirectory(prefix="benchmark-pipeline-") as name, LoopbackHub() as hub:
+        folder = Path(name)
+        ids = save_checkpoints(case.shape, folder / "model", case.checkpoints, case.sequences)
+        saved = {f"step{path.name.removeprefix('checkpoint-')}": path for path in (folder / "model").iterdir()}
+        hub.add_repo("bench/model", revisions=saved)
+        total = sum((path / "model.safetensors").stat().st_size for path in saved.values())
+        environment = os.environ | hub.environment(folder / "hf-home")
+        shared = ["--calibration", f"tokens:{ids}", "--samples", str(case.sequences)]
+        local = ["--model", str(folder / "model"), "--out", str(folder / "local"), *shared]
+        first = _sweep([*local, "--revisions", "checkpoint-0"], environment)
+        some = ",".join(f"checkpoint-{i}" for i in range(1, min(_FROM_DISK, case.checkpoints)))
+        seconds = _sweep([*local, "--revisions", some], environment).scored
+        scoring = sum(seconds.values()) / len(seconds) * case.checkpoints
+        rate = hub.bytes_per_second_of_all = total / (max(scoring, 0.1) * case.balance)
+        remote = ["--model", "bench/model", "--out", str(folder / "run"), "--fetch", "file", "--revisions", "all"]
+        swept = _sweep([*remote, *shared], environment)
+        bodies = [body for body in hub.bodies if body.sent > total / case.checkpoints / 20]
+        row = _row(case, swept, total, rate, scoring, [(one.began, one.ended or swept.ended) for one in bodies])
+        told = {"width": case.shape.width, "layers": case.shape.layers, "tokens": case.sequences * 512}
+        name = "from the command to the first figures, one checkpoint on disk"
+        return [row, Ratio(name, first.ended - first.started, FIRST_FIGURE_BOUND, detail=told, unit="s")]
+
+
+def save_checkpoints(shape: Shape, folder: Path, count: int, sequences: int) -> Path:
+    """Checkpoints of one model, `checkpoint-N` below `folder`, that differ in a number; returns a file of token ids."""
+    from safetensors.torch import load_file, save_file
+
+    first = save_decoder(shape, folder / "checkpoint-0")
+    weights = load_file(first / "model.safetensors")
+    for step in range(1, count):
+        place = folder / f"checkpoint-{step}"
+        place.mkdir()
+        (place / "config.json").write_bytes((first / "config.json").read_bytes())
+        weights["model.norm.weight"][0] = 1 + step / 1000  # files that are equal would be one checkpoint
+        save_file(weights, place / "model.safetensors", {"format": "pt"})
+    np.save(folder.parent / "ids.npy", random_ids(shape.vocabulary, sequences))
+    return folder.parent / "ids.npy"
+
+
+@dataclass(frozen=True)
+class _Swept:
+    """When `trace` was started, scored the last checkpoint and ended; the seconds of each by name."""
+
+    started: float
+    last: float
+    ended: float
+    scored: dict[str, float]
+
+
+def _row(
+    case: Case, swept: _Swept, total: int, rate: float, scoring: float, bodies: list[tuple[float, float]]
+) -> Ratio:
+    moving = total / rate
+    wall = swept.ended - swept.started
+    last_byte = max(end for _, end in bodies)
+    detail: dict[str, Any] = {
+        "checkpoints": case.checkpoints,
+        "bytes": total,
+        "bytes_per_second": rate,
+        "seconds": {
+            "moving": moving,
+            "scoring": scoring,
+            "wall": wall,
+            "before the first byte": min(began for began, _ in bodies) - swept.started,
+            "without a byte on its way, in between": _gaps(bodies),
+            "from the last byte to the last score": swept.last - last_byte,
+            "from the last score to the end": swept.ended - swept.last,
+        },
+    }
+    name = f"sweep of {case.checkpoints} checkpoints ÷ the longer of moving and scoring"
+    return Ratio(name, wall / max(moving, scoring), BOUND, detail=detail)
+
+
+def _sweep(arguments: list[str], environment: Mapping[str, str]) -> _Swept:
+    """Run `trace` in a process of its own to its end."""
+    started = last = time.monotonic()
+    process = subprocess.Popen(
+        [sys.executable, "-c", _COMMAND, *arguments],
+        env=dict(environment), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
+    )  # fmt: skip
+    told = []
+    assert process.stdout is not None
+    for line in process.stdout:
+        told.append(line)
+        if _SCORED.match(line):
+            last = time.monotonic()
+    if process.wait():
+        raise RuntimeError("".join(told))
+    scored = {name: float(seconds) for name, seconds in _SCORED.findall("".join(told))}
+    return _Swept(started, last, time.monotonic(), scored)
+
+
+def _gaps(bodies: list[tuple[float, float]]) -> float:
+    """Seconds in which no body was on its way, between the first and the last."""
+    idle, until = 0.0, None
+    for began, ended in sorted(bodies):
+        idle += 0.0 if until is None else max(0.0, began - until)
+        until = ended if until is None else max(until, ended)
+    return idle
