@@ -1,5 +1,6 @@
 """Both engines against the hand-written reference and the paper's own code; streaming; what is refused and when."""
 
+import gc
 import json
 from pathlib import Path
 
@@ -355,6 +356,16 @@ def test_the_model_is_built_once_for_all_checkpoints_of_a_run(family, tmp_path, 
     score(folder("llama" if family != "llama" else "gpt2"), kept=kept)
     score(folder(family), dtype=torch.bfloat16, kept=kept)
     assert len(counted) == 2
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="needs /proc")
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_no_file_stays_open_with_the_model_that_is_kept(family, tmp_path):
+    """Disk that a deleted checkpoint took is free only when nothing maps it any more."""
+    kept, path = ModelBuilder(), save(built(family), tmp_path / "model")
+    score(path, kept=kept)
+    gc.collect()
+    assert str(path) not in Path("/proc/self/maps").read_text()
 
 
 def test_a_sweep_builds_its_model_once(tiny_run, tmp_path, no_figures, monkeypatch):

@@ -60,60 +60,6 @@ def score_all(
 ) -> tuple[int, dict[str, str]]:
     """Score the tasks, in order but for what fails, the next ones being fetched meanwhile.
 
-<<<<<<< HEAD
-    from redundancy_trace import store
-    from redundancy_trace.engine import choose_device, score_checkpoint
-    from redundancy_trace.weights import ModelBuilder, open_remote_weights
-
-    built = ModelBuilder()
-    device = choose_device(settings.device)
-    let_go = keep if settings.keep else discard
-    scored, failures = 0, {}
-    with interrupts_kept() as look, fetching_ahead(settings, listing, run.folder, hub, reporter) as begin:
-        ahead = begin(tasks[0])
-        for number, task in enumerate(tasks):
-            look()
-            name = task.checkpoint.name
-            started = time.monotonic()
-            fetched: Fetched | None = None
-            scores: list[ModelScores] = []
-            try:
-                fetched = awaited(ahead)
-                if number + 1 < len(tasks):
-                    ahead = begin(tasks[number + 1])
-                reporter.scoring(name)
-                for part in task.parts:
-                    scores.append(  # noqa: PERF401 - what comes before one that fails is kept
-                        score_checkpoint(
-                            fetched.folder,
-                            part.calibration.token_ids,
-                            device=device,
-                            dtype=getattr(torch, run.dtype),
-                            batch_size=settings.batch_size,
-                            engine=settings.engine,
-                            trust_remote_code=settings.trust_remote_code,
-                            on_progress=reporter.step,
-                            weights=open_remote_weights(fetched.folder, fetched.remote) if fetched.remote else None,
-                            kept=built,
-                        )
-                    )
-            except Exception as error:
-                # Input that fits none is told at once; what others bore is a fault of this one, and they go on.
-                if isinstance(error, InputError) and not (scored or any_stored):
-                    raise
-                failures[name] = reason_of(error)
-                if fetched is None and number + 1 < len(tasks):
-                    ahead = begin(tasks[number + 1])
-            # Stored before its weights go: whatever ends the sweep before that leaves them to be gone on with.
-            for part, found in zip(task.parts, scores, strict=False):
-                store.write_part(run.folder, part.labels, found)
-            for part in task.parts[len(scores) :]:
-                store.write_failure(run.folder, part.labels, failures[name])
-            if fetched is not None:
-                let_go(fetched)
-            if name in failures:
-                reporter.finished(not_scored(name, failures[name]))
-=======
     No more than `places.count() + AHEAD` checkpoints lie on the disk at a time, and no more than there is room for.
 
     Returns:
@@ -172,7 +118,6 @@ class _Flow:
             if error := turn.fetching.exception():
                 self._fail(turn, error)
                 self.fetch_ahead()
->>>>>>> main
                 continue
             turn.started = time.monotonic()
             self.reporter.scoring(turn.name)

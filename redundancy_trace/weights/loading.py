@@ -205,7 +205,8 @@ class ModelBuilder:
             return replace(self._built[1], weights=stored.weights)
         self._built = None  # its memory first
         empty = _matched(stored, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-        self._built = wanted, empty
+        # Without the files: they could not be deleted while they are open.
+        self._built = wanted, replace(empty, weights=WeightFiles(stored.weights.folder, stored.weights.info, {}))
         return empty
 
 
