@@ -484,6 +484,8 @@ def test_it_can_be_printed(browser, report):
     assert not page.locator("#checkpoint").is_visible()
     page.set_viewport_size({"width": 720, "height": 900})  # A4 within its margins
     assert overflow(page) == 0
+    last = page.locator("#checkpoints tbody tr:not(.marked)").last
+    assert last.bounding_box()["height"] < 25, "no number is broken into lines"
     assert page.pdf(format="A4").startswith(b"%PDF")
     assert told.lines == []
     page.close()
