@@ -1,6 +1,7 @@
 """Scoring in a process of its own, with the most memory that it took: `python -m benchmarks.peaks REQUEST.json`."""
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -61,7 +62,8 @@ def score_apart(folders: Sequence[Path], ids: np.ndarray, *, dtype: str = "float
         asked = {"folders": [str(folder) for folder in folders], "dtype": dtype, "engine": engine}
         request.write_text(json.dumps(asked), encoding="utf-8")
         command = [sys.executable, "-m", "benchmarks.peaks", str(request)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"Scoring failed: {done.stderr.strip()[-2000:]}")
     return Peaks(**json.loads(done.stdout.splitlines()[-1]))
