@@ -82,19 +82,26 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> "pl.DataFrame":
-    """The table of a sweep of the local files that nothing disturbed."""
+def undisturbed_run(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of a sweep of the local files that nothing disturbed."""
     from tiny_runs import PYDOC
 
     from redundancy_trace import cli
-    from redundancy_trace.store import read_scores
     from redundancy_trace.sweep import running
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(running, "_draw", lambda *_: ())
         out = tmp_path_factory.mktemp("undisturbed") / "run"
         assert cli.run(["--model", str(tiny_run), "--out", str(out), "--quiet", *PYDOC]) == 0
-    return read_scores(out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def undisturbed(undisturbed_run: Path) -> "pl.DataFrame":
+    """Its table."""
+    from redundancy_trace.store import read_scores
+
+    return read_scores(undisturbed_run)
 
 
 @pytest.fixture

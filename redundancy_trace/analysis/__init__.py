@@ -10,7 +10,13 @@ from redundancy_trace.analysis.agreement import calibration_agreement, drop_onse
 from redundancy_trace.analysis.axis import Axis, is_log_spaced, training_axis
 from redundancy_trace.analysis.checks import Check
 from redundancy_trace.analysis.duplicates import blank_duplicates, leave_out_duplicates, mark_repeats
-from redundancy_trace.analysis.frames import CHECKPOINT_COLUMNS, checkpoint_order, metric_values, one_calibration
+from redundancy_trace.analysis.frames import (
+    CHECKPOINT_COLUMNS,
+    calibration_first,
+    checkpoint_order,
+    metric_values,
+    one_calibration,
+)
 from redundancy_trace.analysis.published import BesidePublished, PublishedOrders, published_orders
 from redundancy_trace.analysis.series import LeftOut, Series, main_series
 from redundancy_trace.analysis.stats import TrainingStats, training_stats
@@ -28,6 +34,7 @@ __all__ = [
     "TrainingStats",
     "blank_duplicates",
     "calibration_agreement",
+    "calibration_first",
     "checkpoint_order",
     "checkpoint_statistics",
     "drop_onset",

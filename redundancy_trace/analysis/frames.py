@@ -51,6 +51,13 @@ def one_calibration(scores: pl.DataFrame, calibration: str | None = None) -> pl.
     return scores.filter(pl.col("calibration").eq_missing(pl.lit(wanted, dtype=pl.String)))
 
 
+def calibration_first(scores: pl.DataFrame, calibration: str | None = None) -> pl.DataFrame:
+    """The same rows, those of one calibration in front: what is looked at where a figure shows one."""
+    chosen = one_calibration(scores, calibration)
+    return pl.concat([chosen, complete(scores).join(chosen.select("calibration").unique(), on="calibration", how="anti",
+                                                    nulls_equal=True)])  # fmt: skip
+
+
 def checkpoint_order(scores: pl.DataFrame) -> pl.DataFrame:
     """The checkpoints of a frame in training order.
 

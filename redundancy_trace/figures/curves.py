@@ -14,16 +14,19 @@ from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 
 from redundancy_trace.analysis import metric_values, training_axis
 from redundancy_trace.figures.style import (
-    PAGE_WIDTH,
     Array,
     Limits,
-    PaperFigure,
+    Width,
     arranges_colorbars,
     axes_or_new,
+    bar_beside,
     component_label,
+    head,
     layer_metric,
     layer_ticks,
+    outer_labels,
     own_room,
+    panel_row,
     paper_style,
     progress_map,
     title,
@@ -74,7 +77,7 @@ def plot_depth(
     reach = _reach(metric_values(scores, metric)["value"].drop_nulls().to_numpy(), kind)
     scale = training_scale(training_axis(scores))
     with axes_or_new(ax, height=2.6) as on:
-        colours = _progress(scale)
+        colours = progress(scale)
         shades = colours.to_rgba(scale.spread(scale.values))
         by_checkpoint = values.partition_by("order", as_dict=True, maintain_order=True)
         lines = []
@@ -104,15 +107,16 @@ def plot_depth(
         return on
 
 
-def plot_depths(scores: pl.DataFrame, *, metric: str = "cosine_similarity") -> Figure:
+def plot_depths(scores: pl.DataFrame, *, metric: str = "cosine_similarity", width: Width = "page") -> Figure:
     """Attention, MLP and Block side by side: a metric over depth, one line a checkpoint, on one scale.
 
     Args:
         scores: Scores of one model.
         metric: A stored metric of layers, or `importance`.
+        width: `page`: side by side, as wide as a two-column page; `column`: one above the other.
 
     Returns:
-        A figure as wide as a two-column page.
+        The figure.
 
     Raises:
         InputError: If the metric is not in the scores.
@@ -122,18 +126,16 @@ def plot_depths(scores: pl.DataFrame, *, metric: str = "cosine_similarity") -> F
     components = [name for name in COMPONENTS if name in there]
     scale = training_scale(training_axis(scores))
     with paper_style():
-        figure = PaperFigure(PAGE_WIDTH, 2.3)
-        panels = figure.subplots(1, len(components), sharey=True, squeeze=False)[0]
+        figure, panels = panel_row(len(components), width, 2.3 if width == "page" else 1.9, sharex=True, sharey=True)
         for ax, component in zip(panels, components, strict=True):
             plot_depth(scores, component=component, metric=metric, ax=ax, colorbar=False)
-            if ax is not panels[0]:
-                ax.set_ylabel("")
+        outer_labels(panels, width)
         what = f"{kind.name.replace('_', ' ')} over depth"
         if len(scale.axis.values) > 1:
-            _name_progress(figure.colorbar(_progress(scale), ax=list(panels), aspect=30, pad=0.015), scale)
+            progress_bar(figure, panels, scale)
         else:
             what = over_training(scale, what)
-        figure.suptitle(title(scores, what))
+        head(figure, title(scores, what))
         return figure
 
 
@@ -206,7 +208,12 @@ def _spread_out(ax: Axes, metric: Metric, reach: Limits) -> None:
     ax.set_ylabel(f"{metric.label}\n" + ("log axis" if redundant == 0 else f"log axis of distance from {redundant:g}"))
 
 
-def _progress(scale: TrainingScale) -> ScalarMappable:
+def progress_bar(figure: Figure, axes: list[Axes], scale: TrainingScale) -> None:
+    """A colour bar of training beside axes with a line a checkpoint."""
+    _name_progress(bar_beside(figure, progress(scale), axes), scale)
+
+
+def progress(scale: TrainingScale) -> ScalarMappable:
     """Colour of a place in training, spread as on the training axis."""
     spread = scale.spread(scale.values)
     low, high = float(spread[0]), float(spread[-1])

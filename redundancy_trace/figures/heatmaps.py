@@ -15,29 +15,36 @@ from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 from numpy.typing import NDArray
 
 from redundancy_trace.analysis import (
+    Axis,
     blank_duplicates,
     checkpoint_order,
     leave_out_duplicates,
     metric_values,
+    one_calibration,
     training_axis,
 )
+from redundancy_trace.analysis.frames import complete
+from redundancy_trace.errors import InputError
 from redundancy_trace.figures.style import (
     NOT_SCORED,
-    PAGE_WIDTH,
     REPEATED,
     Array,
     Limits,
     PaperFigure,
+    Width,
     arranges_colorbars,
+    at_checkpoint,
     axes_or_new,
     beyond,
     colour_limits,
     colour_map,
     component_label,
+    head,
     layer_metric,
     layer_ticks,
     name_colorbar,
     own_room,
+    panel_row,
     paper_style,
     title,
 )
@@ -102,6 +109,7 @@ def plot_training_heatmaps(
     metric: str = "importance",
     training: Literal["x", "y"] = "x",
     duplicates: pl.DataFrame | None = None,
+    width: Width = "page",
 ) -> Figure:
     """Attention, MLP and Block side by side over training, on one colour scale; layer 0 on one of its own.
 
@@ -110,36 +118,108 @@ def plot_training_heatmaps(
         metric: `importance` or a stored metric of layers.
         training: The side along which training runs: `x`, or `y` as in Fig. 7 of arXiv 2406.15786.
         duplicates: As for `plot_heatmap`.
+        width: `page`: side by side, as wide as a two-column page; `column`: one above the other.
 
     Returns:
-        A figure as wide as a two-column page.
+        The figure.
 
     Raises:
         InputError: If the metric is not in the scores.
     """
     components = [name for name in COMPONENTS if name in metric_values(scores, metric)["component"].to_list()]
     grids = _grids(scores, metric, tuple(components), duplicates)
-    limits = _both_limits(grids, None, None)
+    height = float(np.clip(1.6 + 0.03 * grids.n_layers, 2.2, 3.4))
     with paper_style():
-        height = float(np.clip(1.6 + 0.03 * grids.n_layers, 2.2, 3.4))
-        figure = PaperFigure(PAGE_WIDTH, height)
-        panels = [figure.add_subplot(1, len(components), k + 1) for k in range(len(components))]
-        for ax, component in zip(panels, components, strict=True):
-            meshes = _draw(ax, grids, component, training, *limits)
-            ax.set_title(component_label(component))
-        # A panel may have hatched cells that others have not: the shared label is the one that says so.
-        x_label = max((ax.get_xlabel() for ax in panels), key=len)
-        y_label = max((ax.get_ylabel() for ax in panels), key=len)
-        for ax in panels:
-            ax.set_xlabel("")
-            ax.set_ylabel(y_label if ax is panels[0] else "")
-            ax.tick_params(axis="y", labelleft=ax is panels[0])
-        figure.supxlabel(x_label, fontsize="medium")
-        _colorbars(figure, panels, meshes, grids)
-        if grids.repeats.any():
-            figure.legend(handles=[_repeats_handle()], loc="outside upper right", frameon=False, fontsize="small")
-        figure.suptitle(title(scores, over_training(grids.scale, layer_metric(metric).name.replace("_", " "))))
+        figure = _panels(grids, training, width, height if width == "page" else 0.75 * height)
+        head(figure, title(scores, over_training(grids.scale, layer_metric(metric).name.replace("_", " "))))
         return figure
+
+
+def plot_calibrations(
+    scores: pl.DataFrame, *, revision: str | None = None, metric: str = "importance", width: Width = "page"
+) -> Figure:
+    """One checkpoint on every calibration, a row each of texts and numbers of samples.
+
+    As in Figs. 2, 3 and 10 of arXiv 2406.15786.
+
+    Args:
+        scores: Scores of one model on one calibration or more.
+        revision: The checkpoint; None = the last that all calibrations have.
+        metric: `importance` or a stored metric of layers.
+        width: `page`: the components side by side; `column`: one above the other.
+
+    Returns:
+        The figure; all panels have one colour scale, layer 0 one of its own.
+
+    Raises:
+        InputError: If the metric is not in the scores, or there is no such checkpoint.
+    """
+    values = calibration_values(scores, revision, metric)
+    labels = values["calibration"].unique(maintain_order=True).to_list()
+    names = tuple("?" if label is None else str(label).rsplit("/", 1)[-1] for label in labels)
+    places = tuple(float(k) for k in range(len(names)))[::-1]
+    scale = training_scale(Axis("index", "", log=False, revisions=names[::-1], values=places[::-1]))
+    shape = (1 + int(values["layer"].to_numpy().max()), len(names))
+    grids = {}
+    for (component,), rows in values.partition_by("component", as_dict=True, maintain_order=True).items():
+        grids[str(component)] = grid = np.full(shape, np.nan)
+        columns = [len(names) - 1 - labels.index(label) for label in rows["calibration"]]
+        grid[rows["layer"].to_numpy(), columns] = rows["value"].to_numpy()
+    height = max(2.1 if width == "page" else 1.2, 0.9 + 0.16 * len(names))
+    with paper_style():
+        drawn = _Grids(layer_metric(metric), scale, grids, np.zeros(len(names), dtype=np.bool_))
+        figure = _panels(drawn, "y", width, height)
+        for ax in figure.axes[: len(grids)]:
+            ax.yaxis.set_major_locator(FixedLocator(scale.values.tolist()))  # each has its name
+            ax.set_ylabel("")
+        what = f"{layer_metric(metric).name.replace('_', ' ')} by calibration"
+        head(figure, title(scores, what + at_checkpoint(scores, values["revision"][0])))
+        return figure
+
+
+def calibration_values(scores: pl.DataFrame, revision: str | None = None, metric: str = "importance") -> pl.DataFrame:
+    """What `plot_calibrations` shows, one row a value; arguments and errors are its own."""
+    scores = complete(scores)
+    names = scores["calibration"].unique(maintain_order=True).to_list()
+    parts = [metric_values(one_calibration(scores, name), metric) for name in names]
+    there = [set(part["revision"]) for part in parts]
+    if revision is None:
+        shared = [name for name in parts[0]["revision"] if all(name in one for one in there)]
+        if not shared:
+            raise InputError("No checkpoint was scored on all calibrations: " + ", ".join(map(str, names)) + ".")
+        revision = shared[-1]
+    if not any(revision in one for one in there):
+        known = ", ".join(parts[0]["revision"].unique(maintain_order=True))
+        raise InputError(f"There are no scores of {revision!r}. There are: {known}.")
+    shown = [
+        part.filter(pl.col("revision") == revision).with_columns(calibration=pl.lit(name, pl.String))
+        for name, part in zip(names, parts, strict=True)
+    ]
+    columns = ("model", "revision", "commit", "step", "tokens", "calibration", "component", "layer", "metric", "value")
+    return pl.concat(shown).select(*columns, "stderr", "n_sequences", "n_tokens")
+
+
+def _panels(grids: "_Grids", training: Literal["x", "y"], width: Width, height: float) -> PaperFigure:
+    """All components on one scale, with the labels that they share and the colour bars."""
+    limits = _both_limits(grids, None, None)
+    # Without `sharex`: ticks that are shared would be dressed once for all, and the strip of layer 0 has its own.
+    figure, panels = panel_row(len(grids.by_component), width, height)
+    for ax, component in zip(panels, grids.by_component, strict=True):
+        meshes = _draw(ax, grids, component, training, *limits)
+        ax.set_title(component_label(component))
+    # A panel may have hatched cells that others have not: the shared label is the one that says so.
+    x_label = max((ax.get_xlabel() for ax in panels), key=len)
+    y_label = max((ax.get_ylabel() for ax in panels), key=len)
+    for ax in panels:
+        ax.set_xlabel("")
+        ax.set_ylabel(y_label if width == "column" or ax is panels[0] else "")
+        ax.tick_params(axis="y", labelleft=width == "column" or ax is panels[0])
+        ax.tick_params(axis="x", labelbottom=width == "page" or ax is panels[-1])
+    figure.supxlabel(x_label, fontsize="medium")
+    _colorbars(figure, panels, meshes, grids)
+    if grids.repeats.any():
+        figure.legend(handles=[_repeats_handle()], loc="outside upper right", frameon=False, fontsize="small")
+    return figure
 
 
 @dataclass(frozen=True)
@@ -227,7 +307,7 @@ def _draw(
         high, low = 0.5 - gap, 0.5 - gap - width
         meshes.append(draw(np.array([low, high]), cells[:1], first_layer, first=True))
         across(high, 0.5, facecolor="white", edgecolor="black", linewidth=mpl.rcParams["axes.linewidth"], zorder=1.2)
-        layers = layer_ticks(1, n_layers - 1)
+        layers = layer_ticks(1, n_layers - 1, 8 if training == "x" else 6)
         ticks, names = [(low + high) / 2, *map(float, layers)], ["0", *map(str, layers)]
     for k in range(scale.n_placed, scale.values.size):  # nothing is missing in front of what has no step
         along(scale.ends[k - 1], scale.starts[k], color="white", linewidth=0)
@@ -276,11 +356,12 @@ def _name_repeats(ax: Axes, *, own: bool) -> None:
 def _colorbars(figure: Figure | SubFigure, axes: Sequence[Axes], meshes: Sequence[QuadMesh], grids: _Grids) -> None:
     """Colour bars on the right of the axes: side by side, or one above the other where no engine makes them room."""
     arranged = arranges_colorbars(axes[0])
+    height = axes[0].get_figure(root=True).get_figheight()  # type: ignore[union-attr]
     columns = [] if arranged else _bars_above_each_other(figure, axes[0], len(meshes))
     # Side by side, the one drawn last stands next to the axes: that of layers 1 and up.
     for k in reversed(range(len(meshes))):
         label, values = grids.parts()[k]
-        where: dict[str, Any] = {"ax": axes, "aspect": 30 if len(axes) > 1 else 20, "pad": 0.015}
+        where: dict[str, Any] = {"ax": axes, "aspect": 14 * height if len(axes) > 1 else 20, "pad": 0.015}
         if columns:
             where = {"cax": columns[k]}
         elif not arranged:

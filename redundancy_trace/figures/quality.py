@@ -12,6 +12,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from redundancy_trace.analysis import training_axis
 from redundancy_trace.errors import InputError
 from redundancy_trace.figures.style import (
+    COMPONENT_COLOURS,
     PAGE_WIDTH,
     Array,
     PaperFigure,
@@ -27,8 +28,7 @@ KINDS = ("attn", "mlp", "block", "joint")
 # Nats per token; what a drop adds is shown on a log axis beyond.
 LINEAR_UP_TO = 0.01
 _LABELS = {**COMPONENT_LABELS, "joint": "Joint"}
-# Colours that stay apart in print and for the colour-blind (Okabe and Ito).
-_COLOURS = {"attn": "#0072B2", "mlp": "#D55E00", "block": "#009E73", "joint": "#CC79A7"}
+_COLOURS = {**COMPONENT_COLOURS, "joint": "#CC79A7"}
 _MARKERS = {"attn": "s", "mlp": "*"}
 _GREY = "0.55"
 _FINE = (0, (1, 1.5))

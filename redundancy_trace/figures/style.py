@@ -1,6 +1,7 @@
 """How every figure looks: sizes and fonts as printed, colours, file metadata, short texts."""
 
 import io
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
@@ -11,6 +12,7 @@ import numpy as np
 import polars as pl
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
 from matplotlib.colorbar import Colorbar
 from matplotlib.colors import Colormap
 from matplotlib.figure import Figure
@@ -27,6 +29,10 @@ Limits = tuple[float, float]
 # Inches: one column and the full width of a two-column page; fonts are in points at that printed size.
 COLUMN_WIDTH = 3.4
 PAGE_WIDTH = 7.0
+Width = Literal["column", "page"]
+WIDTHS: dict[str, float] = {"page": PAGE_WIDTH, "column": COLUMN_WIDTH}
+# Colours that stay apart in print and for the colour-blind (Okabe and Ito).
+COMPONENT_COLOURS = {"attn": "#0072B2", "mlp": "#D55E00", "block": "#009E73"}
 _SCREEN_DPI = 100
 # Height over width of a colour bar beside one axes.
 _BAR_ASPECT = 20.0
@@ -83,6 +89,42 @@ class PaperFigure(Figure):
             self.savefig(file, format="png", dpi=2 * _SCREEN_DPI, metadata=FORMATS["png"])
         width, height = (round(_SCREEN_DPI * inches) for inches in self.get_size_inches())
         return file.getvalue(), {"width": int(width), "height": int(height)}
+
+
+def panel_row(count: int, width: Width, height: float, **sharing: Any) -> tuple[PaperFigure, list[Axes]]:
+    """A figure with axes side by side across a page, or one above the other in a column; one alone takes a column.
+
+    Args:
+        count: How many axes.
+        width: `page` or `column`.
+        height: Inches that one row of axes takes.
+        **sharing: `sharex`, `sharey` of `Figure.subplots`.
+    """
+    rows, columns = (1, count) if width == "page" else (count, 1)
+    figure = PaperFigure(COLUMN_WIDTH if count == 1 else WIDTHS[width], height * rows)
+    return figure, figure.subplots(rows, columns, squeeze=False, **sharing).ravel().tolist()
+
+
+def head(figure: Figure, text: str) -> None:
+    """The title of a figure, on as many lines as it needs at its width."""
+    room = int(figure.get_figwidth() / 0.078)
+    figure.suptitle("\n".join(textwrap.wrap(text, room, break_long_words=False)))
+
+
+def bar_beside(figure: Figure, drawn: ScalarMappable, axes: list[Axes]) -> Colorbar:
+    """A slender colour bar along all of the axes, whether they stand in a row or in a column."""
+    bar = figure.colorbar(drawn, ax=axes, aspect=14 * figure.get_figheight(), pad=0.015)
+    bar.outline.set_linewidth(0.4)
+    return bar
+
+
+def outer_labels(axes: list[Axes], width: Width) -> None:
+    """Labels of a row of axes that share both sides, at the outer ones only."""
+    for ax in axes:
+        if width == "page" and ax is not axes[0]:
+            ax.set_ylabel("")
+        if width == "column" and ax is not axes[-1]:
+            ax.set_xlabel("")
 
 
 class PaperAxes(Axes):
@@ -148,6 +190,11 @@ def colour_map(metric: Metric, *, first_layer: bool = False) -> Colormap:
 def progress_map() -> Colormap:
     """Early in training = light, late = dark."""
     return _palette("crest")
+
+
+def agreement_map() -> Colormap:
+    """Light = the same order, dark = another."""
+    return _palette("mako")
 
 
 def _palette(name: str) -> Colormap:
@@ -245,6 +292,11 @@ def title(scores: pl.DataFrame, text: str) -> str:
     """`text`, behind the model's name where it is known."""
     name = model_name(scores)
     return f"{name}: {text}" if name else text[:1].upper() + text[1:]
+
+
+def at_checkpoint(scores: pl.DataFrame, revision: str, length: int = 40) -> str:
+    """` at REVISION`, for a title; empty where the revision is what the model is called."""
+    return "" if plain(revision) == model_name(scores) else f" at {plain(shortened(revision, length))}"
 
 
 def component_label(component: str) -> str:

@@ -290,7 +290,7 @@ def _draw(run: "Run", listing: Listing, calibration: str, reporter: Reporter) ->
 
 def _drawn(run: "Run", folder: Path, listing: Listing, calibration: str, reporter: Reporter) -> tuple[Path, ...]:
     """Draw the figures, unless what they show is what it was when all of them were drawn."""
-    from redundancy_trace.store import finished_parts, read_duplicates, read_scores, write_json
+    from redundancy_trace.store import finished_parts, read_distances, read_duplicates, read_scores, write_json
 
     mark = folder / ".drawn.json"
     shown = {
@@ -306,13 +306,16 @@ def _drawn(run: "Run", folder: Path, listing: Listing, calibration: str, reporte
             return files
     except (OSError, ValueError, KeyError, TypeError):
         pass  # not drawn yet, or not to the end
-    from redundancy_trace.analysis import one_calibration
+    from redundancy_trace.analysis import calibration_first
     from redundancy_trace.figures import draw_figures
 
     reporter.line("Drawing the figures …")
     files = tuple(
         draw_figures(
-            one_calibration(read_scores(run.folder), calibration), folder, duplicates=read_duplicates(run.folder)
+            calibration_first(read_scores(run.folder), calibration),
+            folder,
+            duplicates=read_duplicates(run.folder),
+            distances=read_distances(run.folder),
         )
     )
     write_json(mark, {"shown": shown, "files": [file.name for file in files]})
