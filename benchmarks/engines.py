@@ -56,14 +56,15 @@ def measure(work: Path) -> list[Ratio]:
         for form in ("hf", "gguf")
     )
     return [
-        *engine_rows("hf in transformers", _asked("transformers_timed", model.folder, hf, request)),
+        *engine_rows("hf in transformers", asked("transformers_timed", model.folder, hf, request)),
         *engine_rows(
-            "gguf in llama.cpp", _asked("llama_cpp_timed", whole_gguf(model, work), gguf / "model.gguf", request)
+            "gguf in llama.cpp", asked("llama_cpp_timed", whole_gguf(model, work), gguf / "model.gguf", request)
         ),
     ]
 
 
-def _asked(script: str, whole: Path, pruned: Path, request: Path) -> dict[str, np.ndarray]:
+def asked(script: str, whole: Path, pruned: Path, request: Path) -> dict[str, np.ndarray]:
+    """What a script of its own process found of two models: timings in turns, and bytes of the caches."""
     answer = request.with_name("answer.npz")
     done = subprocess.run(
         [sys.executable, str(STANDALONE / f"{script}.py"), str(whole), str(pruned), str(request), str(answer)],

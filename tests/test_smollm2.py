@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import redundancy_trace as rt
+from redundancy_trace.evaluation import along_rows, counted_sequences
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -119,3 +120,19 @@ def test_the_model_in_memory_scores_as_the_folder_does(scores, loaded, smollm2):
     hooked = rt.score_model(loaded, smollm2[1])
     difference = (hooked["value"] - scores["value"]).abs().max()
     assert difference < 1e-6
+
+
+def test_evaluation_under_plans_gives_the_same_losses(scores, loaded, smollm2):
+    """Within 2 % of what separate code measured, attention far below MLP (bars of arXiv 2406.15786, Fig. 5)."""
+    windows = counted_sequences(smollm2[1])
+    wanted = {"attn": LOSS_WITHOUT_ATTENTIONS, "mlp": LOSS_WITHOUT_MLPS}
+    plans = [rt.plan_drop(scores, drop=f"{name}={count}") for name, losses in wanted.items() for count in losses]
+    rows = along_rows(loaded, windows, plans)
+    assert rows[0].value == pytest.approx(LOSS, rel=0.02)
+    found = {(row.component, row.n_dropped): row.value for row in rows[1:]}
+    for name, losses in wanted.items():
+        for count, loss in losses.items():
+            assert found[name, count] == pytest.approx(loss, rel=0.02)
+    added = {key: value - rows[0].value for key, value in found.items()}
+    assert added["attn", 4] < 0.6 * added["mlp", 4]
+    assert added["attn", 8] < 0.3 * added["mlp", 8]
