@@ -22,7 +22,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 # Of the table, in its order: modules with `measure(options) -> list[Ratio]`.
 TABLE = ("scoring", "pipeline", "growth", "cluster")
 # Too long for it: modules with `add_options(parser)` and `run(options) -> int`.
-APART = ("faults", "engines", "decoding", "vllm_check")
+APART = ("faults", "large", "engines", "decoding", "vllm_check")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -13,7 +13,7 @@ sys.path.insert(0, str(ROOT))
 
 import redundancy_trace as rt  # noqa: E402
 from benchmarks import __main__ as benchmarks  # noqa: E402
-from benchmarks import engines, growth, pipeline, scoring, vllm_check  # noqa: E402
+from benchmarks import engines, growth, large, pipeline, scoring, vllm_check  # noqa: E402
 from benchmarks.decoders import Shape, random_ids, save_decoder  # noqa: E402
 from benchmarks.naive import naive_similarities  # noqa: E402
 from benchmarks.ratios import Ratio, median_ratio, table  # noqa: E402
@@ -29,7 +29,7 @@ def environment_as_it_is(monkeypatch):
 
 def test_every_benchmark_is_registered():
     modules = {path.stem for path in (ROOT / "benchmarks").glob("*.py") if not path.stem.startswith("__")}
-    assert modules - {"decoders", "naive", "ratios", "smollm2"} == {*benchmarks.TABLE, *benchmarks.APART}
+    assert modules - {"decoders", "naive", "peaks", "ratios", "smollm2"} == {*benchmarks.TABLE, *benchmarks.APART}
 
 
 def test_the_naive_way_gives_the_same_numbers(tmp_path):
@@ -42,6 +42,25 @@ def test_the_naive_way_gives_the_same_numbers(tmp_path):
     for component, values in naive_similarities(model, ids).items():
         ours = scores.filter(component=component).sort("layer")["value"].to_numpy()
         np.testing.assert_allclose(values, ours, rtol=0, atol=1e-6)
+
+
+def test_a_large_checkpoint_in_small(tmp_path, capsys, monkeypatch):
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
+    monkeypatch.setattr(large, "SHAPE", shape)
+    monkeypatch.setattr(large, "VOCABULARY", 60000)
+    out, disk = tmp_path / "large.json", tmp_path / "disk"
+    disk.mkdir()
+    assert benchmarks.main(["large", "--folder", str(disk), "--out", str(out)]) == 0
+    assert not list(disk.iterdir())
+    rows = {row["name"]: row for row in json.loads(out.read_text())["ratios"]}
+    anonymous = rows["peak anonymous memory of the process"]
+    assert 0.05 < anonymous["value"] < 3.5
+    assert anonymous["detail"]["loss"] == pytest.approx(np.log(60000), abs=0.1)
+    assert rows["the checkpoint"]["value"] == pytest.approx(4 * (2 * 60000 * 64 + 3 * 64 * (4 * 64 + 3 * 96)) / 1e9)
+    assert "MISSED" not in capsys.readouterr().out
+    monkeypatch.setattr(large, "VOCABULARY", 10**12)
+    assert benchmarks.main(["large", "--folder", str(disk), "--out", str(out)]) == 1
+    assert "GB are free" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Both engines against the hand-written reference and the paper's own code; streaming; what is refused and when."""
 
+import gc
 import json
 from pathlib import Path
 
@@ -23,24 +24,27 @@ from saved_models import (
     score,
     scored,
 )
+from tiny_runs import PYDOC, STEPS
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import redundancy_trace as rt
+from redundancy_trace import cli
 from redundancy_trace.blocks import find_layers
 from redundancy_trace.engine import (
     choose_batch_size,
     choose_device,
     choose_dtype,
+    hidden,
     score_module,
     scoring,
     streaming,
 )
 from redundancy_trace.engine.sums import DistanceSums, LossSums, distance_sequences, mean_and_error
 from redundancy_trace.errors import CheckpointError, InputError
-from redundancy_trace.weights import EmptyModel, build_empty_model
+from redundancy_trace.weights import EmptyModel, ModelBuilder, build_empty_model, loading
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -291,24 +295,26 @@ def n_real(model):
 
 @pytest.mark.parametrize("family", ["gpt_neox", "gpt2", "mixtral", "glm4_moe", "llama_tied"])
 def test_one_layer_at_a_time_is_in_memory(family, monkeypatch):
-    models, peak, calls = [], [], []
-    load, build_empty = EmptyModel.load_, streaming.build_empty_model
+    models, peak, calls, rows = [], [], [], set()
+    load, build = EmptyModel.load_, ModelBuilder.build
 
     def counted_load(self, names, *read):
         load(self, names, *read)
         peak.append(sum(count > 0 for count in n_real(self.model)))
 
     def kept_build(*args, **settings):
-        empty = build_empty(*args, **settings)
+        empty = build(*args, **settings)
         models.append(empty.model)
         for index, layer in enumerate(find_layers(empty.model)[1]):
             layer.register_forward_hook(lambda _, args, out, index=index: calls.append((index, len(args[0]))))
         head = empty.model.get_output_embeddings()
         head.register_forward_hook(lambda _, args, out: calls.append(("head", len(args[0]))))
+        embedding = empty.model.get_input_embeddings()
+        embedding.register_forward_hook(lambda module, *_: rows.add(len(module.weight)))
         return empty
 
     monkeypatch.setattr(EmptyModel, "load_", counted_load)
-    monkeypatch.setattr(streaming, "build_empty_model", kept_build)
+    monkeypatch.setattr(ModelBuilder, "build", kept_build)
     progress = []
     scores = score(folder(family), on_progress=lambda done, of: progress.append((done, of)))
     assert apart(scores, scored(family, "whole")) < 1e-6
@@ -317,7 +323,8 @@ def test_one_layer_at_a_time_is_in_memory(family, monkeypatch):
     assert max(peak) == 1
     assert n_real(model) == [0] * n_layers
     assert progress == [(i + 1, n_layers) for i in range(n_layers)]
-    assert model.get_input_embeddings().weight.shape[0] == len(np.unique(token_ids()))
+    assert rows == {len(np.unique(token_ids()))}
+    assert all(parameter.is_meta for parameter in model.parameters())
     for index in range(n_layers):
         # Each batch once, the last one smaller; a proof is three more, on one sequence.
         sizes = [size for layer, size in calls if layer == index]
@@ -328,17 +335,102 @@ def test_one_layer_at_a_time_is_in_memory(family, monkeypatch):
 
 
 @every_family
+def test_the_model_is_built_once_for_all_checkpoints_of_a_run(family, tmp_path, monkeypatch):
+    """Another checkpoint's weights in the same empty model; another configuration gets a model of its own."""
+    counted, matched = [], loading._matched
+
+    def counting(stored, **settings):
+        counted.append(stored.weights.folder)
+        return matched(stored, **settings)
+
+    monkeypatch.setattr(loading, "_matched", counting)
+    torch.manual_seed(1)
+    other = AutoModelForCausalLM.from_config(FAMILIES[family](), dtype=torch.float32).eval()
+    second, kept = save(other, tmp_path / "other"), ModelBuilder()
+    in_turn = [score(path, kept=kept) for path in (folder(family), second, folder(family))]
+    assert len(counted) == 1
+    for found, path in zip(in_turn, (folder(family), second), strict=False):
+        assert apart(found, score(path)) == 0
+    assert apart(in_turn[2], in_turn[0]) == 0
+    counted.clear()
+    score(folder("llama" if family != "llama" else "gpt2"), kept=kept)
+    score(folder(family), dtype=torch.bfloat16, kept=kept)
+    assert len(counted) == 2
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="needs /proc")
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_no_file_stays_open_with_the_model_that_is_kept(family, tmp_path):
+    """Disk that a deleted checkpoint took is free only when nothing maps it any more."""
+    kept, path = ModelBuilder(), save(built(family), tmp_path / "model")
+    score(path, kept=kept)
+    gc.collect()
+    assert str(path) not in Path("/proc/self/maps").read_text()
+
+
+def test_a_sweep_builds_its_model_once(tiny_run, tmp_path, no_figures, monkeypatch):
+    built, matched = [], loading._matched
+    monkeypatch.setattr(loading, "_matched", lambda *args, **settings: (built.append(1), matched(*args, **settings))[1])
+    assert cli.run(["--model", str(tiny_run), "--out", str(tmp_path / "run"), "--quiet", *PYDOC]) == 0
+    assert rt.read_scores(tmp_path / "run")["revision"].n_unique() == len(STEPS) > 2
+    assert len(built) == 1
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gptj", "bloom", "opt"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_states_in_a_file_change_nothing(family, dtype, tmp_path, monkeypatch):
+    in_memory = scored(family, "stream", dtype)
+    monkeypatch.setattr(hidden, "STATES_BYTES", 1000)
+    monkeypatch.setattr(hidden.tempfile, "tempdir", str(tmp_path))
+    files = []
+    room = hidden._take_room
+    monkeypatch.setattr(hidden, "_take_room", lambda file, count: (files.append(count), room(file, count)))
+    assert apart(score(folder(family), dtype=dtype), in_memory) == 0
+    assert files == [6 * LENGTH * 48 * dtype.itemsize]
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_room_for_the_states_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(hidden, "STATES_BYTES", 1000)
+
+    def full(descriptor, start, count):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(hidden.os, "posix_fallocate", full)
+    with pytest.raises(CheckpointError, match=r"states of 6 sequences take 0\.0 GB.*No space left.*set TMPDIR"):
+        score(folder("llama"))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "cohere", "bloom"])
+def test_the_loss_of_a_long_sequence_is_computed_in_pieces(family, monkeypatch):
+    whole = loss_of(scored(family, "stream"))
+    pieces = []
+    original = LossSums.add_sequence
+
+    def watched(self, tiles):
+        tiles = list(tiles)
+        pieces.append([len(logits) for logits, _ in tiles])
+        original(self, tiles)
+
+    monkeypatch.setattr(LossSums, "add_sequence", watched)
+    monkeypatch.setattr(streaming, "LOGITS", 7 * VOCAB)
+    found = score(folder(family))
+    assert pieces == [[7, 7, 7, 2]] * 6
+    assert loss_of(found) == pytest.approx(whole, abs=1e-6)
+
+
+@every_family
 def test_head_runs_once_a_sequence(family, monkeypatch):
     """Whatever form the model's layers return: it is found out on the probe, not by failing again and again."""
     calls = []
-    build_empty = streaming.build_empty_model
+    build = ModelBuilder.build
 
     def kept_build(*args, **settings):
-        empty = build_empty(*args, **settings)
+        empty = build(*args, **settings)
         empty.model.get_output_embeddings().register_forward_hook(lambda *_: calls.append(1))
         return empty
 
-    monkeypatch.setattr(streaming, "build_empty_model", kept_build)
+    monkeypatch.setattr(ModelBuilder, "build", kept_build)
     score(folder(family), ids=token_ids(3))
     assert len(calls) == 3
 
@@ -457,7 +549,17 @@ def test_positions_are_found_under_every_name():
     score(folder("bloom"), ids=token_ids(1, POSITIONS + 40))  # no positions, no limit
 
 
-def test_batch_size_is_halved_when_memory_runs_out(monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 8 GB)"),
+        MemoryError(),
+    ],
+)
+def test_batch_size_is_halved_when_memory_runs_out(error, monkeypatch):
+    expected = {engine: scored("llama", engine) for engine in ENGINES}
     sizes = []
     for name in ("score_folder", "score_module"):
         original = getattr(scoring, name)
@@ -465,14 +567,14 @@ def test_batch_size_is_halved_when_memory_runs_out(monkeypatch):
         def limited(*args, batch_size, original=original, **settings):
             sizes.append(batch_size)
             if batch_size > limit:
-                raise torch.OutOfMemoryError("CUDA out of memory")
+                raise error
             return original(*args, batch_size=batch_size, **settings)
 
         monkeypatch.setattr(scoring, name, limited)
     limit = 2
     for engine in ENGINES:
         sizes.clear()
-        assert apart(score(folder("llama"), engine, batch_size=5), scored("llama", engine)) < 1e-6
+        assert apart(score(folder("llama"), engine, batch_size=5), expected[engine]) < 1e-6
         assert sizes == [5, 3, 2]
     limit = 0
     with pytest.raises(CheckpointError, match="24 tokens does not fit the memory of cpu; try"):

@@ -81,6 +81,7 @@ def test_device_memory_is_of_two_layers_however_deep(llama, tmp_path):
     assert deep_peak < shallow_peak + 0.5 * layer_bytes
 
 
+@pytest.mark.filterwarnings("ignore")  # of the profiler
 def test_the_next_layer_is_copied_beside_the_work(llama, tmp_path):
     some = ids(64, 512)
     score(llama, ids=some[:2], device=CUDA, batch_size=2)

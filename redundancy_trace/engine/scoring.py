@@ -10,7 +10,7 @@ from redundancy_trace.engine.streaming import score_folder
 from redundancy_trace.engine.whole import score_module
 from redundancy_trace.errors import CheckpointError, InputError
 from redundancy_trace.metrics import ModelScores
-from redundancy_trace.weights import WeightFiles, load_whole_model
+from redundancy_trace.weights import ModelBuilder, WeightFiles, load_whole_model
 
 # Tokens in one forward: enough to keep a matrix product busy, small beside the weights.
 _BATCH_TOKENS = 4096
@@ -66,6 +66,7 @@ def score_checkpoint(
     trust_remote_code: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
     weights: WeightFiles | None = None,
+    kept: ModelBuilder | None = None,
 ) -> ModelScores:
     """Score a checkpoint folder (config.json and weights) with one of the two engines.
 
@@ -79,12 +80,14 @@ def score_checkpoint(
         trust_remote_code: Whether model code in the folder may be run.
         on_progress: Called with (done, in all): layers of `stream`, batches of `whole`.
         weights: The weights, where they are not in the folder; for `stream` alone.
+        kept: What the checkpoints of a run share: the empty model of `stream` is built once if each is given the same.
 
     Raises:
         CheckpointError: If this checkpoint cannot be scored: incomplete weights, failed proof, a state not finite, or
             not even one sequence at a time fits the device.
         InputError: If the token ids do not fit the model.
     """
+    kept = kept or ModelBuilder()
 
     def score(size: int) -> ModelScores:
         if engine == "stream":
@@ -97,6 +100,7 @@ def score_checkpoint(
                 trust_remote_code=trust_remote_code,
                 on_layer=on_progress,
                 weights=weights,
+                kept=kept,
             )
         model = load_whole_model(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
         return score_module(model, token_ids, batch_size=size, on_batch=on_progress)
@@ -105,7 +109,9 @@ def score_checkpoint(
     while True:
         try:
             return score(size)
-        except torch.OutOfMemoryError as error:
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
             if size == 1:
                 raise CheckpointError(
                     f"One sequence of {token_ids.shape[1]:,} tokens does not fit the memory of {device}; try --engine "
@@ -113,3 +119,11 @@ def score_checkpoint(
                 ) from error
             # Halved, not fitted to what is free at the moment: a run repeats.
             size = (size + 1) // 2
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether a device, or the CPU, had no more memory; of CUDA alone, torch makes a kind of error of its own."""
+    told = str(error)
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
+        words in told for words in ("out of memory", "can't allocate memory")
+    )

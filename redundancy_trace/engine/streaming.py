@@ -1,6 +1,6 @@
 """The streaming engine: layer by layer in one pass, in memory that does not grow with depth."""
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +21,10 @@ from redundancy_trace.blocks import (
     tap,
 )
 from redundancy_trace.engine.checks import check_calibration, check_identity
+from redundancy_trace.engine.hidden import HiddenStates, hidden_states
 from redundancy_trace.engine.reading import reading_ahead
 from redundancy_trace.engine.sums import (
+    LOGITS,
     DistanceSums,
     LayerSums,
     LossSums,
@@ -30,7 +32,7 @@ from redundancy_trace.engine.sums import (
 )
 from redundancy_trace.errors import CheckpointError
 from redundancy_trace.metrics import ModelScores, Value
-from redundancy_trace.weights import EmptyModel, WeightFiles, build_empty_model, release_
+from redundancy_trace.weights import EmptyModel, ModelBuilder, WeightFiles, release_
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ def score_folder(
     trust_remote_code: bool = False,
     on_layer: Callable[[int, int], None] | None = None,
     weights: WeightFiles | None = None,
+    kept: ModelBuilder | None = None,
 ) -> ModelScores:
     """Score a checkpoint folder layer by layer.
 
@@ -63,26 +66,37 @@ def score_folder(
         trust_remote_code: Whether model code in the folder may be run.
         on_layer: Called with (layers done, layers in all).
         weights: The weights, where they are not in the folder.
+        kept: Builds the model, or has it from the checkpoint before.
 
     Raises:
         CheckpointError: If weights are incomplete, the proof fails, or a state is not finite.
         InputError: If the token ids do not fit the model.
     """
-    empty = build_empty_model(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code, weights=weights)
+    kept = kept or ModelBuilder()
+    empty = kept.build(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code, weights=weights)
+    check_calibration(token_ids, empty.model)
+    with torch.no_grad(), empty.released():
+        return _score(empty, torch.as_tensor(token_ids, dtype=torch.long), batch_size, on_layer)
+
+
+def _score(
+    empty: EmptyModel, token_ids: Tensor, batch_size: int, on_layer: Callable[[int, int], None] | None
+) -> ModelScores:
     model = empty.model
     layers_name, layers = find_layers(model)
-    check_calibration(token_ids, model)
     names = [empty.stored_names(f"{layers_name}.{index}") for index in range(len(layers))]
-    with torch.no_grad(), reading_ahead(empty.weights, names, device) as layer_tensors:
-        ids = torch.as_tensor(token_ids, dtype=torch.long)
-        inputs = _load_outside_layers_(empty, layers_name, ids).to(device)
-        batches = [inputs[i : i + batch_size] for i in range(0, len(inputs), batch_size)]
-        surroundings, probe = _surroundings(model, layers, inputs[:1, :PROBE_TOKENS])
-        states, arguments = _embed(surroundings, batches)
-
-        values: list[Value] = []
-        proven: dict[Hashable, Decomposition] = {}
-        distances = DistanceSums(distance_sequences(*token_ids.shape, width=states[0].shape[-1], n_layers=len(layers)))
+    inputs = _load_outside_layers_(empty, layers_name, token_ids).to(empty.device)
+    batches = inputs.split(batch_size)
+    surroundings, probe = _surroundings(model, layers, inputs[:1, :PROBE_TOKENS])
+    width, sizes = probe.hidden.shape[-1], [len(batch) for batch in batches]
+    values: list[Value] = []
+    proven: dict[Hashable, Decomposition] = {}
+    distances = DistanceSums(distance_sequences(*token_ids.shape, width=width, n_layers=len(layers)))
+    with (
+        reading_ahead(empty.weights, names, empty.device) as layer_tensors,
+        hidden_states(sizes, inputs.shape[1], width, probe.hidden.dtype, empty.device) as states,
+    ):
+        arguments = _embed_(surroundings, batches, states)
         _add_state(distances, states)
         for index in range(len(layers)):
             with _loaded(empty, layers[index], layer_tensors(index)) as layer:
@@ -99,8 +113,8 @@ def score_folder(
                 on_layer(index + 1, len(layers))
         empty.load_head_()
         loss = LossSums()
-        for batch, original, state in zip(batches, ids.split(batch_size), states, strict=True):
-            _add_loss(surroundings, batch, original.to(device), state, loss)
+        for batch, original, state in zip(batches, token_ids.split(batch_size), states, strict=True):
+            _add_loss(surroundings, batch, original.to(empty.device), state, loss)
     return ModelScores((*values, loss.value()), distances.distances())
 
 
@@ -227,19 +241,18 @@ def _surroundings(model: Any, layers: nn.ModuleList, ids: Tensor) -> tuple[_Surr
     ) from failures[0]
 
 
-def _embed(
-    surroundings: _Surroundings, batches: list[Tensor]
-) -> tuple[list[Tensor], dict[int, tuple[LayerArguments, ...]]]:
-    """h_0 of every batch, and the layers' arguments by batch size.
+def _embed_(
+    surroundings: _Surroundings, batches: Sequence[Tensor], states: HiddenStates
+) -> dict[int, tuple[LayerArguments, ...]]:
+    """Fill in h_0 of every batch; returns the layers' arguments by batch size.
 
     Batches of one size get equal arguments, since no sequence is padded. Where other tokens give other arguments,
     the layers are handed more than the state before them, and what a dry run records would be wrong.
     """
-    states: list[Tensor] = []
     arguments: dict[int, tuple[LayerArguments, ...]] = {}
-    for batch in batches:
+    for number, batch in enumerate(batches):
         dry = surroundings.run(batch)
-        states.append(dry.hidden.clone())
+        states[number] = dry.hidden.clone()
         arguments.setdefault(len(batch), dry.arguments)
     others = surroundings.run(batches[0].roll(1, dims=1)).arguments
     for given, other in zip(arguments[len(batches[0])], others, strict=True):
@@ -248,7 +261,7 @@ def _embed(
                 f"The layers of {type(surroundings.model).__name__} are handed more than the state of the layer "
                 "before them; try --engine whole."
             )
-    return states, arguments
+    return arguments
 
 
 @contextmanager
@@ -265,7 +278,7 @@ def _loaded(empty: EmptyModel, layer: nn.Module, tensors: dict[str, Tensor]) -> 
 def _run_layer_(
     layer: nn.Module,
     decomposition: Decomposition,
-    states: list[Tensor],
+    states: HiddenStates,
     arguments: dict[int, tuple[LayerArguments, ...]],
     index: int,
     sums: LayerSums,
@@ -285,17 +298,27 @@ def _run_layer_(
             layer(state, *given.args, **given.kwargs)
 
 
-def _add_state(distances: DistanceSums, states: list[Tensor]) -> None:
+def _add_state(distances: DistanceSums, states: HiddenStates) -> None:
     for state in states:
-        distances.add(state)
+        if not distances.add(state):
+            break
     distances.close()
 
 
 def _add_loss(surroundings: _Surroundings, batch: Tensor, original: Tensor, state: Tensor, loss: LossSums) -> None:
-    """Final norm and head on the last state, one sequence at a time: logits are the largest tensor of all."""
+    """Final norm and head on the last state, one sequence at a time or less: logits are the largest tensor of all."""
+    vocabulary = surroundings.model.get_output_embeddings().weight.shape[0]
+    step = max(1, LOGITS // vocabulary)
+    last = batch.shape[1] - 1  # no token follows it
+
+    def logits_of(i: int, start: int) -> tuple[Tensor, Tensor]:
+        here = slice(start, min(start + step, last))
+        # The layers do not run: all that is left treats each token by itself.
+        dry = surroundings.run(batch[i : i + 1, here], answer=state[i : i + 1, here], head=True)
+        return dry.output[0], original[i, here.start + 1 : here.stop + 1]
+
     for i in range(len(batch)):
-        logits = surroundings.run(batch[i : i + 1], answer=state[i : i + 1], head=True).output
-        loss.add(logits, original[i : i + 1])
+        loss.add_sequence(logits_of(i, start) for start in range(0, last, step))
 
 
 def _same(a: Any, b: Any) -> bool:

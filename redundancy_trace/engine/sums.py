@@ -1,6 +1,7 @@
 """From tokens to numbers: float64 sums over a calibration, means and standard errors over its sequences."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,6 +19,8 @@ DISTANCE_BYTES = 256 * 2**20
 # work), elsewhere what keeps temporary memory small.
 _TILE_OF_A_THREAD = 2**19
 _LARGE_TILE = 2**24
+# Most logits that are computed at a time: 128 MiB of float32.
+LOGITS = 2**25
 
 
 def tile_tokens(device: torch.device, width: int) -> int:
@@ -119,12 +122,19 @@ class LossSums:
     def add(self, logits_BTV: Tensor, ids_BT: Tensor) -> None:
         """Add one batch: logits of shape (B, T, V) and the token ids they were computed from."""
         for logits_TV, ids_T in zip(logits_BTV, ids_BT, strict=True):
-            losses = torch.nn.functional.cross_entropy(logits_TV[:-1].float(), ids_T[1:], reduction="none")
-            total = float(to_float64(losses).sum())
+            self.add_sequence([(logits_TV[:-1], ids_T[1:])])
+
+    def add_sequence(self, tiles: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Add one sequence in pieces: logits, shape (T, V), and the ids of the tokens that follow, shape (T,)."""
+        total, count = 0.0, 0
+        for logits_TV, next_T in tiles:
+            losses = torch.nn.functional.cross_entropy(logits_TV.float(), next_T, reduction="none")
+            total += float(to_float64(losses).sum())
+            count += len(losses)
             if not math.isfinite(total):
-                raise CheckpointError(not_finite("the loss", logits_BTV.dtype))
-            self._sums.append(total)
-            self._counts.append(len(losses))
+                raise CheckpointError(not_finite("the loss", logits_TV.dtype))
+        self._sums.append(total)
+        self._counts.append(count)
 
     def value(self) -> Value:
         """Mean loss in nats per token."""
@@ -143,11 +153,12 @@ class DistanceSums:
     n_sequences: int
     _states: list[list[Tensor]] = field(default_factory=lambda: [[]])
 
-    def add(self, states_BTD: Tensor) -> None:
-        """Add one batch of the present state; sequences beyond the first `n_sequences` are passed over."""
+    def add(self, states_BTD: Tensor) -> bool:
+        """Add one batch of the present state, no sequence beyond the first `n_sequences`; whether more is wanted."""
         wanted = self.n_sequences - sum(map(len, self._states[-1]))
         if wanted > 0:
             self._states[-1].append(states_BTD[:wanted].clone())
+        return wanted > len(states_BTD)
 
     def close(self) -> None:
         """The present state is complete."""

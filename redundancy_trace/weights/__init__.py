@@ -3,6 +3,7 @@
 from redundancy_trace.weights.files import WeightFiles, open_weights
 from redundancy_trace.weights.loading import (
     EmptyModel,
+    ModelBuilder,
     build_empty_model,
     load_whole_model,
     read_config,
@@ -14,6 +15,7 @@ from redundancy_trace.weights.shards import SHARD_BYTES, write_shards
 __all__ = [
     "SHARD_BYTES",
     "EmptyModel",
+    "ModelBuilder",
     "WeightFiles",
     "build_empty_model",
     "load_whole_model",

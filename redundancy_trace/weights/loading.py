@@ -9,7 +9,7 @@ import json
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,19 @@ class EmptyModel:
     targets: dict[str, tuple[str, bool]]
     _mapping: list[Any]
 
+    @contextlib.contextmanager
+    def released(self) -> Iterator[None]:
+        """At the end the model is as empty as it was before, whatever was loaded meanwhile; its memory is free."""
+        before = [(module, dict(module._parameters)) for module in self.model.modules()]
+        embedding = self.model.get_input_embeddings()
+        padding = getattr(embedding, "padding_idx", None)
+        try:
+            yield
+        finally:
+            for module, parameters in before:
+                module._parameters.update(parameters)
+            embedding.padding_idx = padding
+
     def stored_names(self, module_name: str) -> tuple[str, ...]:
         """Stored names of the tensors that fill the parameters of the submodule `module_name`."""
         return tuple(stored for stored, (target, _) in self.targets.items() if target.startswith(module_name + "."))
@@ -161,6 +174,40 @@ def build_empty_model(
     """
     stored = _stored(folder, trust_remote_code=trust_remote_code, weights=weights)
     return _matched(stored, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+
+
+class ModelBuilder:
+    """Builds empty models, and has the last one ready for the next checkpoint that needs the same.
+
+    The checkpoints of a run have one configuration and one set of tensors: their model is built, and held against the
+    names and shapes in the files, once. Not for several threads at a time.
+    """
+
+    def __init__(self) -> None:
+        self._built: tuple[Any, EmptyModel] | None = None
+
+    def build(
+        self,
+        folder: Path,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        trust_remote_code: bool = False,
+        weights: WeightFiles | None = None,
+    ) -> EmptyModel:
+        """As `build_empty_model`; a model that was given out before must be empty again (`EmptyModel.released`)."""
+        stored = _stored(folder, trust_remote_code=trust_remote_code, weights=weights)
+        config = stored.config.to_dict()
+        config.pop("_name_or_path", None)
+        wanted = type(stored.config), config, dict(stored.weights.info), device, dtype
+        # Another commit may bring other code.
+        if self._built is not None and not trust_remote_code and self._built[0] == wanted:
+            return replace(self._built[1], weights=stored.weights)
+        self._built = None  # its memory first
+        empty = _matched(stored, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+        # Without the files: they could not be deleted while they are open.
+        self._built = wanted, replace(empty, weights=WeightFiles(stored.weights.folder, stored.weights.info, {}))
+        return empty
 
 
 def _matched(stored: _Stored, *, device: torch.device, dtype: torch.dtype, trust_remote_code: bool) -> EmptyModel:
