@@ -201,6 +201,19 @@ def _measured(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
+# What says nothing of the losses along a run, and what says nothing alone.
+_NOT_ALONG = (
+    "model", "revision", "plan", "curve", "scores", "measure", "tasks", "task_folder", "limit", "shots", "speed_batch",
+    "prompt_tokens", "new_tokens", "rounds", "dtype", "out",
+)  # fmt: skip
+_OF_USE_WITH = {
+    ("drops",): ("along",),
+    ("orders",): ("along", "curve"),
+    ("scores",): ("curve",),
+    ("task_folder", "limit", "shots"): ("tasks",),
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSettings:
     """The settings of one evaluation; each field is a flag of `trace eval` and an argument of `evaluate`.
@@ -277,10 +290,13 @@ class EvaluationSettings:
             for item in listed(getattr(self, name)):
                 if item not in known:
                     raise InputError(f"{flag_of(name)} {item!r} is none of {', '.join(known)}.")
+        for order in listed(self.orders):
+            if not re.fullmatch(r"importance|deepest|random:\d+", order):
+                raise InputError(f"--orders {order!r} is none of importance, deepest, random:SEED (such as random:0).")
+        given = {field.name for field in fields(self) if getattr(self, field.name) != field.default}
         if self.along is not None:
-            for name in ("model", "revision", "plan", "curve", "scores", "tasks", "out"):
-                if getattr(self, name) is not None:
-                    raise InputError(f"--along measures the run itself; leave out {flag_of(name)}.")
+            for name in sorted(given.intersection(_NOT_ALONG)):
+                raise InputError(f"--along measures the loss of the run as it was scored; leave out {flag_of(name)}.")
         elif self.model is None:
             raise InputError(
                 "Nothing to evaluate is named. Try trace eval FOLDER, trace eval --model EleutherAI/pythia-70m "
@@ -290,8 +306,14 @@ class EvaluationSettings:
             raise InputError(f"--measure names nothing; known: {', '.join(MEASURES)}.")
         if "tasks" in listed(self.measure) and not listed(self.tasks):
             raise InputError("--measure tasks: name some with --tasks, such as --tasks arc_easy,piqa.")
-        if self.plan is not None and self.curve is not None:
-            raise InputError("--curve makes plans of its own; leave out --plan.")
+        if self.curve is not None:
+            for name in sorted(given.intersection(("plan", "tasks", "measure"))):
+                raise InputError(f"--curve measures the loss under plans of its own; leave out {flag_of(name)}.")
+        for names, needed in _OF_USE_WITH.items():
+            for name in sorted(given.intersection(names)):
+                if given.isdisjoint(needed):
+                    with_these = " or ".join(map(flag_of, needed))
+                    raise InputError(f"{flag_of(name)} is of use with {with_these} only; add that, or leave it out.")
 
 
 def listed(text: str | None) -> tuple[str, ...]:

@@ -237,8 +237,12 @@ def test_from_python_the_same(swept_copy, monkeypatch):
         (["nowhere"], ["nowhere is no run"]),
         (["MODELS"], ["is no run"]),
         (["EMPTY"], ["no scores yet"]),
-        (["RUN", "--drops", "attn=9"], ["9", "3"]),
-        (["RUN", "--drops", "soup=1"], ["soup"]),
+        (["GONE"], ["were in /nowhere/tiny-run", "no folder any more"]),
+        (["RUN", "--drops", "attn=9"], ["--drops attn=9", "only 3"]),
+        (["RUN", "--drops", "soup=1"], ["--drops 'soup=1'"]),
+        (["RUN", "--orders", "consecutive"], ["--orders 'consecutive'"]),
+        (["RUN", "--measure", "speed"], ["leave out --measure"]),
+        (["RUN", "--dtype", "bfloat16"], ["leave out --dtype"]),
         (["RUN", "--drops", ""], ["--drops"]),
         (["RUN", "--orders", "random"], ["random"]),
         (["RUN", "--model", "me/model"], ["leave out --model"]),
@@ -252,7 +256,10 @@ def test_what_cannot_be_used_is_refused(arguments, words, run, tiny_run, tmp_pat
     empty.mkdir()
     for name in ("settings.json", "listing.json", "token_ids.json", "token_ids.npy"):
         shutil.copy(run / name, empty)
-    places = {"RUN": run, "MODELS": tiny_run, "EMPTY": empty}
+    gone = shutil.copytree(empty, tmp_path / "gone")
+    listing = (run / "listing.json").read_text()
+    (gone / "listing.json").write_text(listing.replace(f'"{tiny_run}"', '"/nowhere/tiny-run"'))
+    places = {"RUN": run, "MODELS": tiny_run, "EMPTY": empty, "GONE": gone}
     before = sorted(path.name for path in (run / "evaluations").iterdir())
     assert along(*(places.get(one, one) for one in arguments)) == 2
     told = capsys.readouterr().err

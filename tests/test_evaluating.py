@@ -192,15 +192,29 @@ def test_an_export_is_measured_like_any_folder(checkpoint, plan, tmp_path, capsy
         (["DIR", "--measure", "beauty"], ["'beauty'", "loss, speed"]),
         (["DIR", "--text", "nowhere.txt"], ["--text nowhere.txt"]),
         (["DIR", "--text", "pydoc", "--stride", "99"], ["--stride"]),
-        (["DIR", "--text", "pydoc", "--sequence-length", "65"], ["64", "--sequence-length"]),
+        (["DIR", "--text", "pydoc", "--sequence-length", "65"], ["--sequence-length 65", "model's 64 positions"]),
         (["DIR", "--text", "IDS", "--measure", "loss"], ["token id 899", "320 rows", "--text tokens:"]),
         (["DIR", "--rounds", "0"], ["--rounds", "at least 1"]),
         (["DIR", "--device", "abacus"], ["abacus"]),
+        (["DIR", "--text", "pydoc", "--sequence-length", "1"], ["at least 2"]),
+        (
+            ["DIR", "--text", "SHORT", "--samples", "1"],
+            ["short.txt has", "too few for one window of 64", "longer text"],
+        ),
+        (["DIR", "--text", "soup"], ["--text soup", "A text is one of"]),
         (["DIR", "--curve", "attn", "--plan", "LAYERS"], ["leave out --plan"]),
+        (["DIR", "--curve", "attn", "--tasks", "arc_easy"], ["leave out --tasks"]),
+        (["DIR", "--curve", "attn", "--orders", "random"], ["--orders 'random'", "random:0"]),
+        (["DIR", "--curve", "attn", "--scores", "LAYERS"], ["is no run"]),
+        (["DIR", "--drops", "attn=1"], ["--drops is of use with --along only"]),
+        (["DIR", "--orders", "deepest"], ["--orders is of use with --along or --curve only"]),
+        (["DIR", "--shots", "2"], ["--shots is of use with --tasks only"]),
+        (["DIR", "--new-tokens", "65", "--measure", "speed"], ["--new-tokens 65", "64 positions"]),
+        (["RUN"], ["is a run of tiny-run, not a model", "trace eval --along", "--model /", "/tiny-run --revision"]),
         (["DIR", "--out", "DIR/config.json"], ["config.json"]),
     ],
 )
-def test_what_cannot_be_used_is_refused(arguments, words, checkpoint, tiny_run, tmp_path, capsys):
+def test_what_cannot_be_used_is_refused(arguments, words, checkpoint, run, tiny_run, tmp_path, capsys):
     component = {"component": "attn", "layer": 0, "importance": None}
     plan = {
         "version": 1, "model": "someone/else", "revision": "r", "commit": "a" * 40, "identity": None,
@@ -210,6 +224,8 @@ def test_what_cannot_be_used_is_refused(arguments, words, checkpoint, tiny_run, 
     (tmp_path / "layers.json").write_text(json.dumps({**plan, "model": None, "n_layers": 9}))
     names = {"OTHER": "other.json", "LAYERS": "layers.json", "RUN_OF_MODELS": tiny_run, "DIR": checkpoint}
     np.save(tmp_path / "ids.npy", np.full((2, 8), 899))
+    (tmp_path / "short.txt").write_text("Too short.")
+    names |= {"SHORT": "short.txt", "RUN": run}
     names = {name: tmp_path / file for name, file in names.items()} | {"IDS": f"tokens:{tmp_path / 'ids.npy'}"}
     given = [names[one] if one in names else one.replace("DIR", str(checkpoint)) for one in arguments]
     before = sorted(path.name for path in checkpoint.iterdir())

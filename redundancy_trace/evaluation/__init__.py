@@ -13,7 +13,7 @@ from redundancy_trace.evaluation.measuring import (
     speed_rows,
     task_rows,
 )
-from redundancy_trace.evaluation.speed import Load, positions_of
+from redundancy_trace.evaluation.speed import Load, positions_in
 from redundancy_trace.evaluation.windows import Windows, counted_sequences, cut_windows, tokens_needed
 
 __all__ = [
@@ -25,7 +25,7 @@ __all__ = [
     "curve_rows",
     "cut_windows",
     "loss_rows",
-    "positions_of",
+    "positions_in",
     "speed_rows",
     "task_rows",
     "text_errors",

@@ -83,7 +83,8 @@ def text_errors() -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        told = str(error).replace("--calibration", "--text").replace("The calibration", "The text")
+        told = str(error).replace("--calibration", "--text")
+        told = told.replace("The calibration", "The text").replace("A calibration", "A text")
         raise InputError(told) from error
 
 

@@ -119,7 +119,7 @@ def _check(model: Any, load: Load) -> None:
     for name, value in vars(load).items():
         if value < 1:
             raise InputError(f"--{name.replace('_', '-')} is {value}; it must be at least 1.")
-    positions = positions_of(model)
+    positions = positions_in(model.config)
     if positions is not None and load.prompt_tokens + load.new_tokens > positions:
         raise InputError(
             f"--prompt-tokens {load.prompt_tokens} and --new-tokens {load.new_tokens} are more than the model's "
@@ -127,9 +127,9 @@ def _check(model: Any, load: Load) -> None:
         )
 
 
-def positions_of(model: Any) -> int | None:
-    """The longest sequence that a model takes, in tokens; None where it has no limit."""
-    found = getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "max_seq_len", None)
+def positions_in(config: Any) -> int | None:
+    """The longest sequence that a model of this configuration takes, in tokens; None where it has no limit."""
+    found = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
     return found if isinstance(found, int) and found > 0 else None
 
 

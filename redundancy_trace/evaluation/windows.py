@@ -69,7 +69,10 @@ def cut_windows(
     length = sequence_length or stream.row_length or 512
     fresh = length - prefix.size
     if fresh < 1 or length < 2:
-        raise InputError(f"--sequence-length {length} leaves no room behind {prefix.size} special tokens.")
+        raise InputError(
+            f"Windows of {length} leave nothing to predict: one needs {max(2, prefix.size + 1)} tokens at least "
+            f"({prefix.size} special ones stand in front). Give a greater --sequence-length, or longer rows."
+        )
     step = fresh if stride is None else stride
     if not 1 <= step <= fresh:
         raise InputError(f"--stride is {step}; it must be between 1 and the {fresh} tokens of text in a window.")
@@ -100,11 +103,12 @@ def _starts(stream: TokenStream, samples: int, length: int, fresh: int, step: in
         if samples == 0 and starts.size and starts[-1] < last:
             starts = np.append(starts, last)
     if starts.size < max(1, samples):
+        several = f"{samples} windows" if samples > 1 else "one window"
         fits = f" {starts.size} would fit." if starts.size else ""
         behind = f" behind the first {skip:,}" if skip else ""
         raise InputError(
-            f"{stream.name} has {stream.ids.size:,} tokens, too few for {max(1, samples)} windows of {length}{behind}."
-            f"{fits} Give fewer --samples, a shorter --sequence-length, or a longer text."
+            f"{stream.name} has {stream.ids.size:,} tokens, too few for {several} of {length}{behind}.{fits} "
+            "Give fewer --samples, a shorter --sequence-length, or a longer text."
         )
     return starts[:samples] if samples else starts
 

@@ -2,6 +2,8 @@
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -112,9 +114,16 @@ def _run_in(folder: Path) -> tuple[Run, Listing]:
         )
     file = folder / "listing.json"
     try:
-        return run, listing_from_json(json.loads(file.read_text(encoding="utf-8")))
+        listing = listing_from_json(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise InputError(f"{file} cannot be read ({error}). Give the sweep's command again to list anew.") from error
+    # Of a repository the listing has a name, of checkpoints on disk the folder in which they were.
+    if Path(listing.model).is_absolute() and not Path(listing.model).is_dir():
+        raise InputError(
+            f"The checkpoints of {folder} were in {listing.model}, which is no folder any more. Put them back, or give "
+            "the sweep's command again with their new place (trace --demo trains its own anew)."
+        )
+    return run, listing
 
 
 def _scores_of(folder: Path) -> "pl.DataFrame":
@@ -176,7 +185,10 @@ def _steps(
         checkpoint = known.get((row["revision"], row["commit"]))
         if checkpoint is None:
             continue  # no longer listed, so it cannot be fetched
-        plans = tuple(plan_drop(scores, row["revision"], drop=drop, order=order) for drop in drops for order in orders)
+        with _told_as_drops():
+            plans = tuple(
+                plan_drop(scores, row["revision"], drop=drop, order=order) for drop in drops for order in orders
+            )
         found.append((checkpoint, plans))
         at_the_end += [plan for plan in plans if plan.order == "importance"]
     if not found:
@@ -197,6 +209,15 @@ def _steps(
         labels = labels_of(checkpoint, run, run.calibrations[0].label, identity_of_facts(facts))
         steps.append(_Step(Task(checkpoint, ()), labels, plans))
     return steps
+
+
+@contextmanager
+def _told_as_drops() -> Iterator[None]:
+    """What cannot be dropped, told in the words of this command."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(str(error).replace("--drop ", "--drops ").replace("--order ", "--orders ")) from error
 
 
 def _measure_all(

@@ -4,6 +4,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -98,9 +99,9 @@ class _Subject:
     @property
     def positions(self) -> int | None:
         """The longest sequence that the model takes; None where it has no limit."""
-        from redundancy_trace.evaluation import positions_of
+        from redundancy_trace.evaluation import positions_in
 
-        return positions_of(self.model)
+        return positions_in(self.model.config)
 
     @property
     def load(self) -> "Load":
@@ -148,6 +149,13 @@ class _OnDisk(_Subject):
         )
 
     @cached_property
+    def positions(self) -> int | None:  # of the config: a text that does not fit is refused before the model is loaded
+        from redundancy_trace.evaluation import positions_in
+        from redundancy_trace.weights import read_config
+
+        return positions_in(read_config(self._checkpoint.folder, trust_remote_code=self.settings.trust_remote_code))
+
+    @cached_property
     def tokenizer(self) -> Any:
         return self._checkpoint.tokenizer(self.settings.tokenizer)
 
@@ -164,6 +172,10 @@ class _OnDisk(_Subject):
         stored = name.startswith("tokens:")
         if length is None and not stored:
             length = min(DEFAULT_LENGTH, self.positions or DEFAULT_LENGTH)
+        if length is not None and self.positions is not None and length > self.positions:
+            raise InputError(
+                f"--sequence-length {length} is more than the model's {self.positions:,} positions; give at most that."
+            )
         most = (
             None if length is None else tokens_needed(samples=samples, sequence_length=length, stride=settings.stride)
         )
@@ -248,6 +260,7 @@ def run_evaluation(
 
     choose_device(settings.device)  # refused before anything is fetched
     assert settings.model is not None  # held by the settings
+    _check_no_run(settings.model)
     plan = plan or _plan_in(settings)
     tasks = _tasks(settings)
     kept = measured = 0
@@ -283,6 +296,21 @@ def run_evaluation(
         here, _figure_names(settings, plan), (place.parent if place.suffix == ".parquet" else place) / "figures"
     )
     return EvaluationResult(place, rows, measured, kept, {}, tuple(figures))
+
+
+def _check_no_run(model: str) -> None:
+    """Refuse a run folder in place of a model."""
+    from redundancy_trace.store import read_run
+
+    run = read_run(Path(model).expanduser()) if is_local(model) else None
+    if run is not None:
+        known = run.model
+        with suppress(OSError, ValueError, KeyError, TypeError):  # of checkpoints on disk, where they are
+            known = json.loads((run.folder / "listing.json").read_text(encoding="utf-8"))["model"]
+        raise InputError(
+            f"{model} is a run of {run.model}, not a model. trace eval --along {model} measures what dropping costs at "
+            f"its checkpoints; trace eval --model {known} --revision … --out {model} measures one of them."
+        )
 
 
 def _of_checkpoint(rows: "pl.DataFrame", labels: Labels) -> "pl.DataFrame":
