@@ -10,11 +10,13 @@ from redundancy_trace.calibration import TokenizerSource, find_tokenizer, tokeni
 from redundancy_trace.checkpoints import Checkpoint, hashed, is_local, list_checkpoints
 from redundancy_trace.errors import InputError
 from redundancy_trace.fetching import cache_folder, close_transit, discard, fetch, leave, place_of
-from redundancy_trace.hub import Hub
+from redundancy_trace.hub import Hub, hub_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# The demo's model in rows, titles and the name of its run, whatever the folder in the cache is called.
+DEMO_MODEL = "demo"
 _NAMED_IN_MESSAGE = 5
 
 
@@ -96,7 +98,7 @@ def open_checkpoint(
     let_go = discard
     try:
         yield OpenCheckpoint(
-            model=_label(str(model), local=local),
+            model=model_label(model),
             revision=checkpoint.name,
             commit=_commit(checkpoint),
             listed=checkpoint,
@@ -190,8 +192,18 @@ def load_tokenizer(
     return find_tokenizer(tokenizer_sources(listing), hub=hub, trust_remote_code=trust_remote_code)
 
 
-def _label(model: str, *, local: bool) -> str:
-    return Path(model).expanduser().resolve().name if local else model.strip()
+def model_label(model: str | Path) -> str:
+    """The model as rows name it: the repository, or the folder's own name (no reader needs an absolute path)."""
+    if not is_local(str(model)):
+        return str(model).strip()
+    folder = Path(model).expanduser().resolve()
+    is_demo = folder.parent == cache_folder().resolve() and folder.name.startswith(f"{DEMO_MODEL}-")
+    return DEMO_MODEL if is_demo else folder.name
+
+
+def is_cached(folder: Path) -> bool:
+    """Whether a folder is part of a cache, of this program or of the Hub: nothing else may be written there."""
+    return any(folder.resolve().is_relative_to(cache.resolve()) for cache in (cache_folder(), hub_cache()))
 
 
 def _commit(checkpoint: Checkpoint) -> str:

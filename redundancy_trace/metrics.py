@@ -41,6 +41,8 @@ LAYER_METRICS: dict[str, Metric] = {
 }
 # Stored once a checkpoint, component `model`, layer null.
 LOSS = Metric("loss", "loss (nats per token)", 0.0, None, None, 1)
+# Of a model with components dropped, on the same tokens as the whole one.
+ADDED_LOSS = Metric("added_loss", "loss above the whole model's (nats per token)", None, None, 0.0, 1)
 # Derived on reading: 1 - cosine_similarity (arXiv 2406.15786, eq. 1-6).
 IMPORTANCE = Metric("importance", "importance 1 − cos(X, Y)", 0.0, 2.0, 0.0, 1)
 # Stored for every pair of residual states h_i, h_j with i < j.
@@ -51,6 +53,7 @@ EVALUATION_METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
         LOSS,
+        ADDED_LOSS,
         Metric("perplexity", "perplexity exp(loss)", 1.0, None, None, 1),
         Metric("bits_per_byte", "bits per byte of text", 0.0, None, None, 1),
         Metric("prefill_tokens_per_second", "prefill (tokens per second)", 0.0, None, None, 1),

@@ -257,8 +257,8 @@ class EvaluationSettings:
     offline: bool = _measured(False, "No network: local folders and the Hub cache only.")
     out: Path | None = _measured(
         None,
-        "Where the numbers go: a .parquet file or a run folder [default: evaluation.parquet in a local folder, else "
-        "runs/<last part of the model's name>].",
+        "Where the numbers go: a .parquet file or a run folder [default: evaluation.parquet in the folder of one "
+        "checkpoint, else runs/<last part of the model's name>].",
     )
     json: bool = _measured(False, "Print the numbers as JSON.")
     quiet: bool = _measured(False, "No progress, only the result.")

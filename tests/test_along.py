@@ -14,8 +14,8 @@ from tiny_runs import PYDOC, STEPS, branches, leftovers, weights_asked
 
 import redundancy_trace as rt
 from redundancy_trace import cli
+from redundancy_trace.analysis import along_values
 from redundancy_trace.calibration import load_calibration
-from redundancy_trace.figures.quality import along_values
 from redundancy_trace.settings import DEFAULT_DROPS, listed
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:.*generation flags.*")]
@@ -61,13 +61,23 @@ def held_out(tiny_run):
     return torch.from_numpy(ids[4:])
 
 
-def loss_by_hand(model, ids, lost):
+def losses_by_hand(model, ids, lost):
+    """Of each window."""
     logits = logits_without(model, ids, lost)[:, :-1].double()
-    return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()))
+    each = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    return each.reshape(len(ids), -1).mean(dim=1).numpy()
+
+
+def loss_by_hand(model, ids, lost):
+    return float(losses_by_hand(model, ids, lost).mean())
+
+
+def losses(run):
+    return rt.read_evaluations(run).filter(pl.col("metric") == "loss")
 
 
 def test_losses_are_those_of_a_hand_made_skip_under_the_checkpoints_own_plans(run, tiny_run):
-    rows, scores, ids = rt.read_evaluations(run), rt.read_scores(run), held_out(tiny_run)
+    rows, scores, ids = losses(run), rt.read_scores(run), held_out(tiny_run)
     assert rows["purpose"].unique().to_list() == ["along"]
     assert rows["dataset"].unique().to_list() == ["pydoc 4x32 behind token 128"]
     for name in ("checkpoint-2", LAST):
@@ -90,7 +100,7 @@ def test_losses_are_those_of_a_hand_made_skip_under_the_checkpoints_own_plans(ru
 
 
 def test_every_plan_is_applied_to_the_last_checkpoint_too(run, tiny_run):
-    rows, scores, ids = rt.read_evaluations(run), rt.read_scores(run), held_out(tiny_run)
+    rows, scores, ids = losses(run), rt.read_scores(run), held_out(tiny_run)
     model = rt.load_model(tiny_run, LAST)
     others = rows.filter((pl.col("revision") == LAST) & (pl.col("plan_revision") != LAST))
     assert set(others["order"]) == {"importance"}
@@ -101,8 +111,20 @@ def test_every_plan_is_applied_to_the_last_checkpoint_too(run, tiny_run):
         assert one["value"].to_list() == [pytest.approx(loss_by_hand(model, ids, plan.by_layer()), abs=1e-6)]
 
 
+def test_what_a_drop_adds_is_told_with_the_error_of_the_difference(run, tiny_run):
+    rows, ids = rt.read_evaluations(run), held_out(tiny_run)
+    plan, model = rt.plan_drop(rt.read_scores(run), LAST, drop="attn=50%"), rt.load_model(tiny_run, LAST)
+    added = losses_by_hand(model, ids, plan.by_layer()) - losses_by_hand(model, ids, {})
+    own = (pl.col("order") == "importance") & (pl.col("plan_revision") == LAST) & (pl.col("plan") == "attn=50%")
+    (row,) = rows.filter(own & (pl.col("metric") == "added_loss") & (pl.col("revision") == LAST)).rows(named=True)
+    error = added.std(ddof=1) / len(added) ** 0.5
+    assert (row["value"], row["stderr"]) == (pytest.approx(added.mean(), abs=1e-6), pytest.approx(error, abs=1e-6))
+    shown = along_values(rows).filter((pl.col("plan") == "attn=50%") & (pl.col("order") == "importance"))
+    assert shown.filter(revision=LAST)["added_stderr"].to_list() == [row["stderr"]] * 2
+
+
 def test_there_are_five_random_orders_and_the_deepest_of_every_drop_at_every_checkpoint(run):
-    rows = rt.read_evaluations(run)
+    rows = losses(run)
     own = rows.filter(pl.col("plan").is_not_null() & (pl.col("plan_revision") == pl.col("revision")))
     counted = own.group_by("revision", "plan").agg(
         orders=pl.col("order").sort(), seeds=pl.col("order_seed").drop_nulls().sort()
@@ -118,8 +140,9 @@ def test_there_are_five_random_orders_and_the_deepest_of_every_drop_at_every_che
 def test_the_curve_is_drawn_with_its_numbers(run):
     figures = sorted(path.name for path in (run / "figures").iterdir() if path.name.startswith("drop-along"))
     assert figures == ["drop-along.csv", "drop-along.pdf", "drop-along.png"]
-    shown, rows = along_values(rt.read_evaluations(run)), rt.read_evaluations(run)
+    shown, rows = along_values(rt.read_evaluations(run)), losses(run)
     written = pl.read_csv(run / "figures" / "drop-along.csv")
+    assert written["added_stderr"].null_count() == 0
     assert written["added"].to_list() == pytest.approx(shown["added"].to_list())
     whole = dict(rows.filter(pl.col("plan").is_null()).select("revision", "value").iter_rows())
     for row in shown.iter_rows(named=True):

@@ -40,8 +40,8 @@ from redundancy_trace.engine import (
     hidden,
     score_module,
     scoring,
-    streaming,
 )
+from redundancy_trace.engine import sums as engine_sums
 from redundancy_trace.engine.sums import DistanceSums, LossSums, distance_sequences, mean_and_error
 from redundancy_trace.errors import CheckpointError, InputError
 from redundancy_trace.weights import EmptyModel, ModelBuilder, build_empty_model, loading
@@ -254,8 +254,20 @@ def test_loss_is_next_token_cross_entropy():
     expected = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     assert sums.value().value == pytest.approx(expected.item(), rel=1e-6)
     assert (sums.value().n_tokens, sums.value().n_sequences) == (8, 2)
+    sums.add((logits * torch.nan).bfloat16(), ids)
     with pytest.raises(CheckpointError, match="The loss is not finite in bfloat16"):
-        sums.add((logits * torch.nan).bfloat16(), ids)
+        sums.value()
+
+
+def test_loss_of_sequences_together_and_in_pieces_is_that_of_each():
+    logits = torch.randn(3, 5, 7, generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(7, (3, 5), generator=torch.Generator().manual_seed(1))
+    apart, together = LossSums(), LossSums()
+    apart.add(logits, ids)
+    together.add_sequences([(logits[:, :3], ids[:, 1:4]), (logits[:, 3:4], ids[:, 4:])])
+    one, other = together.value(), apart.value()
+    assert (one.value, one.stderr) == pytest.approx((other.value, other.stderr), rel=1e-6)
+    assert (one.n_tokens, one.n_sequences) == (other.n_tokens, other.n_sequences) == (12, 3)
 
 
 def test_distances_are_of_the_first_sequences_that_fit(monkeypatch):
@@ -405,15 +417,15 @@ def test_no_room_for_the_states_is_told(tmp_path, monkeypatch):
 def test_the_loss_of_a_long_sequence_is_computed_in_pieces(family, monkeypatch):
     whole = loss_of(scored(family, "stream"))
     pieces = []
-    original = LossSums.add_sequence
+    original = LossSums.add_sequences
 
     def watched(self, tiles):
         tiles = list(tiles)
-        pieces.append([len(logits) for logits, _ in tiles])
+        pieces.append([logits.shape[1] for logits, _ in tiles])
         original(self, tiles)
 
-    monkeypatch.setattr(LossSums, "add_sequence", watched)
-    monkeypatch.setattr(streaming, "LOGITS", 7 * VOCAB)
+    monkeypatch.setattr(LossSums, "add_sequences", watched)
+    monkeypatch.setattr(engine_sums, "LOGITS", 7 * VOCAB)
     found = score(folder(family))
     assert pieces == [[7, 7, 7, 2]] * 6
     assert loss_of(found) == pytest.approx(whole, abs=1e-6)

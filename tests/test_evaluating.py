@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -111,6 +112,38 @@ def test_a_repository_is_fetched_and_its_rows_go_to_the_run(tiny_run, loopback_h
     assert cli.run(sweep) == 0
     assert len(rt.read_scores("runs/tiny")) > 0
     assert evaluated(*where, "--revision", "step5", *TEXT) == 2
+
+
+def test_a_checkpoint_of_several_goes_beside_their_run_and_a_cache_is_left_alone(tiny_run, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    models = shutil.copytree(tiny_run, tmp_path / "cache" / "redundancy-trace" / "demo-0123456789ab")
+    given = [*TEXT, "--measure", "loss"]
+    assert evaluated("--model", tiny_run, "--revision", "checkpoint-8", *given) == 0
+    assert evaluated(models / "checkpoint-4", *given) == 0, "no cache as long as nobody says so"
+    assert (models / "checkpoint-4" / ONE_FILE).is_file()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    before = sorted(models.rglob("*"))
+    assert evaluated("--model", models, "--revision", "checkpoint-8", *given) == 0
+    assert evaluated(models / "checkpoint-8", *given) == 0
+    assert sorted(models.rglob("*")) == before
+    found = {place.name: rt.read_evaluations(place)["model"].unique().to_list() for place in Path("runs").iterdir()}
+    assert found == {name: [name] for name in (tiny_run.name, "demo", "checkpoint-8")}
+
+
+def test_a_run_of_another_model_is_left_alone(tiny_run, run, tmp_path, capsys):
+    other = shutil.copytree(tiny_run, tmp_path / "other")
+    settings = json.loads((run / "settings.json").read_text())
+    taken = shutil.copytree(run, tmp_path / "taken")
+    (taken / "settings.json").write_text(json.dumps(settings | {"model": "me/other-model"}))
+    given = ["--measure", "loss", *TEXT, "--out", taken]
+    assert evaluated("--model", other, "--revision", "checkpoint-2", *given) == 2
+    assert "is a run of me/other-model, not of other" in capsys.readouterr().err
+    assert not (taken / "evaluations").exists()
+    assert evaluated(other / "checkpoint-8", *given) == 0, "by another name, but a checkpoint of the run"
+    curve = ["--curve", "attn", "--scores", taken, "--out", tmp_path / "rows.parquet", *TEXT]
+    assert evaluated("--model", other, "--revision", "checkpoint-2", *curve) == 2
+    assert "The run is of tiny-run, not of other" in capsys.readouterr().err
+    assert not (tmp_path / "rows.parquet").exists()
 
 
 def test_token_ids_of_ones_own(checkpoint, tmp_path):

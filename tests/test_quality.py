@@ -13,9 +13,10 @@ from tiny_runs import PYDOC, token_file
 
 import redundancy_trace as rt
 from redundancy_trace import cli
+from redundancy_trace.analysis import along_values
 from redundancy_trace.evaluation.dropping import beginnings, dropped_kind, most_that_can_go
 from redundancy_trace.figures import EVALUATION_FIGURES, draw_evaluations
-from redundancy_trace.figures.quality import LINEAR_UP_TO, along_values, curve_values, tradeoff_values
+from redundancy_trace.figures.quality import LINEAR_UP_TO, curve_values, tradeoff_values
 from redundancy_trace.pruning import DroppedComponent, DropPlan
 from redundancy_trace.store import Evaluated, Labels, evaluations_frame
 
@@ -36,7 +37,7 @@ def measured(tiny_run, tmp_path_factory):
 
 def test_every_number_dropped_costs_what_a_hand_made_skip_costs(measured):
     folder, ids = measured
-    rows, model = rt.read_evaluations(folder), rt.load_model(folder)
+    rows, model = rt.read_evaluations(folder).filter(pl.col("metric") == "loss"), rt.load_model(folder)
     scores = rt.score_model(model, ids)
 
     def by_hand(lost):
@@ -84,7 +85,7 @@ def test_scores_of_a_run_decide_where_they_are_given(tiny_run, tmp_path, monkeyp
     given = ["--model", str(tiny_run), "--revision", "checkpoint-8", "--scores", run, "--out", run]
     text = ["--text", token_file(tmp_path / "ids.npy"), "--orders", "importance"]
     assert cli.run(["eval", *given, "--curve", "joint", *text, "--quiet"]) == 0
-    rows = rt.read_evaluations(run).filter(pl.col("plan").is_not_null()).sort("n_dropped")
+    rows = rt.read_evaluations(run).filter(pl.col("metric") == "added_loss").sort("n_dropped")
     plan = rt.plan_drop(run, "checkpoint-8", joint=5)
     assert list(rows.select("last_component", "last_layer").iter_rows()) == [
         (one.component, one.layer) for one in plan.components
@@ -151,6 +152,10 @@ def test_quality_shows_importance_and_the_reach_of_random_orders():
     assert band[:, 1].max() == pytest.approx(2 + 1.5 * 3)
     assert ax.get_xlabel() == "number dropped"
     assert "nats" in ax.get_ylabel()
+    added = curve().filter(pl.col("plan").is_not_null())
+    added = added.with_columns(metric=pl.lit("added_loss"), value=pl.col("value") - 2)
+    ax = rt.plot_quality(added, component="mlp", metric="added_loss")
+    assert ([0, 1, 2, 3], pytest.approx([0, 0.5, 1, 1.5])) in line_of(ax, marker="o")
     with pytest.raises(rt.InputError, match="'block' dropped; dropped were attn, mlp, joint"):
         rt.plot_quality(curve(), component="block")
     with pytest.raises(rt.InputError, match="no_such_text"):
@@ -250,9 +255,19 @@ def test_titles_and_legends_end_within_the_figure(draw):
 
 
 def test_ticks_of_added_loss_tell_more_than_its_sign():
-    near = along(0.04).filter(pl.col("order").is_null() | ((pl.col("order") == "importance") & (pl.col("value") < 3.1)))
+    near = along().filter(pl.col("plan").is_null() | (pl.col("value") < 3.06) & (pl.col("revision") == "step100"))
     assert {-0.01, 0, 0.01, 0.02, 0.05} <= set(rt.plot_drop_along(near, drop="attn=1").get_yticks())
     assert {-0.01, 0, 0.01, 0.1, 0.3, 1} <= set(rt.plot_drop_along(along(), drop="attn=1").get_yticks())
+
+
+def test_a_run_that_grew_shows_each_drop_once_and_one_last_checkpoint():
+    grown = along()
+    before = grown.filter(step=10)
+    before = pl.concat(
+        [before, before.filter(pl.col("plan").is_not_null()).head(1).with_columns(plan_revision=pl.lit("step1"))]
+    ).with_columns(identity=pl.lit("of the shorter run"))
+    both = pl.concat([before, grown]).sort("step", maintain_order=True)  # as they are read
+    assert along_values(both).equals(along_values(grown))
 
 
 def test_figures_of_what_was_not_measured_are_left_out_unless_they_are_named(tmp_path):

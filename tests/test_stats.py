@@ -22,6 +22,7 @@ from redundancy_trace.analysis import (
     training_stats,
 )
 from redundancy_trace.errors import InputError
+from redundancy_trace.store import EVALUATION_SCHEMA, read_scores, write_evaluations
 
 STEPS = [0, 1, 2, 4, 8, 16, 32]
 
@@ -162,6 +163,7 @@ def test_a_run_as_the_paper_describes_it_is_confirmed():
         "mlp-settles-early": "yes",
         "block-settles-early": "yes",
         "attention-drops-free": "undecided",
+        "importance-beats-others": "undecided",
         "attention-first": "yes",
         "calibration-matters-little": "undecided",
     }
@@ -176,7 +178,7 @@ def test_a_run_that_is_the_other_way_round_contradicts_it():
     attn, mlp = np.array(rising(0.2, start=0.5)) + orders, falls + orders
     scores = scores_of({"attn": attn, "mlp": mlp, "block": mlp}, STEPS, errors=1e-6)
     answers = {name: check.answer for name, check in checks_of(scores).items()}
-    undecided = {"attention-drops-free", "calibration-matters-little", "last-layer-jumps"}
+    undecided = {"attention-drops-free", "importance-beats-others", "calibration-matters-little", "last-layer-jumps"}
     assert {name for name, answer in answers.items() if answer == "no"} == set(answers) - undecided
 
 
@@ -186,6 +188,78 @@ def test_what_the_errors_leave_open_is_undecided():
     open_ = checks_of(scores_of({"attn": attn, "mlp": np.array(mlp) + 0.01}, STEPS, errors=0.05))
     for name in ("attention-below-mlp", "mlp-rises"):
         assert (sure[name].answer, open_[name].answer) == ("yes", "undecided")
+
+
+def measured(added, *, error=0.01, at=STEPS[-1], purpose="along", order="importance"):
+    """What `trace eval` stores at one checkpoint: `added` says what each number of a kind adds, {"attn": {2: 0.1}}."""
+    place = {"revision": f"step{at}", "commit": f"{STEPS.index(at):040x}", "step": at, "purpose": purpose}
+    shared = {**place, "model": "org/model", "dataset": "emma 4x8", "identity": f"{purpose}{order}"}
+    rows = [{**shared, "metric": "loss", "value": 3.0, "n_dropped": 0}]
+    word, _, seed = order.partition(":")
+    for kind, costs in added.items():
+        for count, cost in costs.items():
+            plan = {"plan": f"{kind}={count}", "plan_revision": f"step{at}", "plan_sha256": f"{kind}{count}{order}"}
+            drop = {**shared, **plan, "component": kind, "n_dropped": count, "order": word}
+            drop["order_seed"] = int(seed) if seed else None
+            rows.append({**drop, "metric": "loss", "value": 3.0 + cost})
+            rows.append({**drop, "metric": "added_loss", "value": cost, "stderr": error})
+    return pl.DataFrame(rows, schema=EVALUATION_SCHEMA)
+
+
+def droppable(*rows):
+    scores = planted(rising(0.001), rising(0.1, start=0.2))
+    checks = checks_of(scores, evaluations=pl.concat(rows))
+    return checks["attention-drops-free"], checks["importance-beats-others"]
+
+
+@pytest.mark.parametrize(
+    ("attn", "mlp", "block", "error", "answer"),
+    [
+        (0.02, 0.5, 0.7, 0.01, "yes"),
+        (0.24, 0.5, 0.7, 0.01, "undecided"),  # half of 0.5 is within 1.96 errors
+        (0.24, 0.5, 0.7, 0.001, "yes"),
+        (0.24, 0.5, 0.3, 0.001, "undecided"),  # less than a block, but not half of it
+        (0.6, 0.5, 0.7, 0.01, "no"),
+        (0.6, 0.5, 0.7, 0.1, "undecided"),
+        (0.6, 0.5, 0.7, None, "no"),
+    ],
+)
+def test_whether_attention_drops_free_is_answered_by_what_was_measured(attn, mlp, block, error, answer):
+    rows = measured({"attn": {2: attn, 4: 9.0}, "mlp": {2: mlp}, "block": {2: block}}, error=error)
+    check, other = droppable(rows)
+    assert check.answer == answer
+    assert check.figure.startswith(f"2 dropped at step32 on emma 4x8 add attention {attn:+.3f}")
+    assert (other.answer, other.figure) == (
+        "undecided",
+        "not measured: scores do not tell it, trace eval --along RUN does",
+    )
+
+
+def test_the_last_checkpoint_counts_and_how_many_are_like_it_is_told():
+    early = measured({"attn": {2: 0.9}, "mlp": {2: 0.5}, "block": {2: 0.7}}, at=STEPS[-2])
+    late = measured({"attn": {2: 0.1}, "mlp": {2: 0.5}, "block": {2: 0.7}})
+    # What another plan, or a plan of another checkpoint, cost there is no answer.
+    foreign = measured({"attn": {2: 5.0}}).with_columns(plan_revision=pl.lit("step1"))
+    named = measured({"attn": {2: 5.0}}, order="named", purpose="model")
+    check, _ = droppable(early, late, foreign, named)
+    assert check.answer == "yes"
+    assert check.figure.endswith("; less than half at 1 of 2 checkpoints")
+    assert droppable(early)[0].answer == "no"
+    assert droppable(measured({"attn": {2: 0.1}}))[0].answer == "undecided"
+    as_curve = measured({"attn": {1: 9.0, 2: 0.1, 3: 9.0}, "mlp": {1: 0.5, 2: 0.5, 3: 0.5}}, purpose="curve")
+    assert droppable(as_curve)[0].answer == "yes", "without blocks, and from trace eval --curve"
+
+
+def test_whether_importance_beats_other_orders():
+    best, deepest = measured({"attn": {4: 0.1, 8: 0.1}}), measured({"attn": {4: 0.3, 8: 0.1}}, order="deepest")
+    seeds = [measured({"attn": {4: cost}}, order=f"random:{seed}") for seed, cost in enumerate((0.2, 0.6, 0.4))]
+    _, check = droppable(best, deepest, *seeds)
+    error = np.sqrt(np.var([0.2, 0.6, 0.4], ddof=1) / 3 + 0.01**2)
+    assert check.answer == "yes"
+    assert f"by importance +0.100 ± 0.01, at random +0.400 ± {error:.2g}, deepest first +0.300 ± 0.01" in check.figure
+    worse = measured({"attn": {4: 0.05}}, order="deepest")
+    assert droppable(best, worse, *seeds)[1].answer == "no"
+    assert droppable(best, *seeds)[1].answer == "undecided"
 
 
 def test_few_checkpoints_make_no_trend_and_one_says_what_it_can():
@@ -276,6 +350,20 @@ def test_stats_says_what_it_cannot_use_and_writes_nothing(run, tmp_path, capsys)
     assert cli.run(["stats", str(folder)]) == 2
     assert "is no number at step0 (layer 1)" in capsys.readouterr().err
     assert not (folder / "stats.json").exists()
+
+
+def test_stats_reads_what_was_measured_in_the_run(tmp_path, capsys):
+    folder = write_run(tmp_path / "run", fake_scores(STEPS))
+    at = read_scores(folder).filter(step=STEPS[-1]).row(0, named=True)
+    rows = measured({"attn": {2: 0.02}, "mlp": {2: 0.5}, "block": {2: 0.7}})
+    rows = rows.with_columns(revision=pl.lit(at["revision"]), commit=pl.lit(at["commit"]))
+    rows = rows.with_columns(plan_revision=pl.when(pl.col("plan").is_not_null()).then("revision"))
+    write_evaluations(folder / "evaluations" / "made.parquet", rows)
+    assert cli.run(["stats", str(folder)]) == 0
+    assert f"2 dropped at {at['revision']} on emma 4x8 add attention +0.020 ± 0.01" in capsys.readouterr().out
+    (folder / "evaluations" / "made.parquet").write_text("no parquet")
+    assert cli.run(["stats", str(folder)]) == 2
+    assert "made.parquet" in capsys.readouterr().err
 
 
 def test_stats_of_one_checkpoint_and_of_many(tmp_path, capsys):

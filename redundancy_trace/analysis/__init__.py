@@ -2,13 +2,15 @@
 
 `frames` checks and orders the rows; `axis` places the checkpoints in training; `duplicates` leaves out what repeats
 others; `summary` gives a row a checkpoint. `series` puts the importances of one stretch of training into matrices;
-`ranks` compares orders (arrays alone); `agreement` and `trends` say what they tell of training; `checks` asks what
-others found; `published` holds the drop orders of others; `stats` is all of it.
+`ranks` compares orders (arrays alone); `agreement` and `trends` say what they tell of training; `costs` says what
+dropping cost where it was measured; `checks` asks what others found; `published` holds the drop orders of others;
+`stats` is all of it.
 """
 
 from redundancy_trace.analysis.agreement import calibration_agreement, drop_onset, rank_agreement, topk_overlap
 from redundancy_trace.analysis.axis import Axis, is_log_spaced, training_axis
 from redundancy_trace.analysis.checks import Check
+from redundancy_trace.analysis.costs import along_values
 from redundancy_trace.analysis.duplicates import blank_duplicates, leave_out_duplicates, mark_repeats
 from redundancy_trace.analysis.frames import (
     CHECKPOINT_COLUMNS,
@@ -32,6 +34,7 @@ __all__ = [
     "PublishedOrders",
     "Series",
     "TrainingStats",
+    "along_values",
     "blank_duplicates",
     "calibration_agreement",
     "calibration_first",

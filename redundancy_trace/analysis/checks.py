@@ -20,6 +20,12 @@ EARLY = 0.2
 MOST_ATTENTION_FIRST = 0.4
 _BAND = "95 % interval of the standard errors, or the value itself where there are none"
 
+_MARGIN = "1.96 standard errors of the difference, or the values themselves where there are none"
+_UNMEASURED = "not measured: scores do not tell it, trace eval --along RUN does"
+_ORDERS = {"importance": "by importance", "random": "at random", "deepest": "deepest first"}
+# Added loss in nats per token, and its standard error where that is known.
+_Cost = tuple[float, float | None]
+
 
 @dataclass(frozen=True)
 class Check:
@@ -41,7 +47,11 @@ class Check:
 
 
 def all_checks(
-    series: Series, curves: Iterable[Curve], onsets: Mapping[str, pl.DataFrame], calibrations: pl.DataFrame
+    series: Series,
+    curves: Iterable[Curve],
+    onsets: Mapping[str, pl.DataFrame],
+    calibrations: pl.DataFrame,
+    costs: pl.DataFrame,
 ) -> tuple[Check, ...]:
     """Every check of `reference` papers on a series.
 
@@ -50,6 +60,7 @@ def all_checks(
         curves: From `curves_of`.
         onsets: `onset_of` by component.
         calibrations: From `calibration_agreement`.
+        costs: From `drop_costs`; empty where dropping was not measured.
     """
     by_name = {(curve.component, curve.statistic): curve for curve in curves}
     found = [_attention_below_mlp(series, by_name.get((JOINT, "attn_below_mlp")))]
@@ -59,7 +70,7 @@ def all_checks(
     found.append(_last_layer_jumps(series, by_name.get(("block", "last_layer"))))
     found += [_from_the_start(series, component, by_name[component, "overlap"]) for component in series.grids]
     found += [_settles_early(series, component, onset) for component, onset in onsets.items()]
-    found.append(_droppability())
+    found += [_attention_drops_free(series, costs), _importance_beats_others(series, costs)]
     found.append(_attention_first(series, by_name.get((JOINT, "attn_first"))))
     found.append(_calibration(series, calibrations))
     return tuple(found)
@@ -209,14 +220,99 @@ def _settles_early(series: Series, component: str, onset: pl.DataFrame) -> Check
     return Check(name, question, answer, figure, rule)
 
 
-def _droppability() -> Check:
-    return Check(
-        "attention-drops-free",
-        "Does dropping attention cost far less than dropping MLPs or blocks (arXiv 2406.15786, Table 1)?",
-        "undecided",
-        "scores do not tell what dropping costs",
-        "to be measured by dropping: importance against random and reverse orders",
+def _attention_drops_free(series: Series, costs: pl.DataFrame) -> Check:
+    name = "attention-drops-free"
+    question = "Does dropping attention cost far less than dropping MLPs or blocks (arXiv 2406.15786, Table 1)?"
+    rule = (
+        "loss that is added by dropping as many of each by importance, about a quarter, at the last checkpoint where "
+        "that was measured: yes if attention adds less than half of what MLP and block each add, no if it adds more "
+        f"than one of them; by {_MARGIN}"
     )
+    kinds = ("attn", "mlp", "block")
+    by_kind = costs.filter(pl.col("order") == "importance")
+    found = _at_one_number(series, by_kind, "component", kinds, n_needed=2, share=0.25)
+    if found is None:
+        return Check(name, question, "undecided", _UNMEASURED, rule)
+    at, dataset, count, cells = found
+    attn, others = cells["attn"], [cells[kind] for kind in kinds[1:] if kind in cells]
+    figure = f"{count} dropped at {_name(series, at)} on {dataset} add " + ", ".join(
+        f"{_label(kind)} {_added(cell)}" for kind, cell in cells.items()
+    )
+    same = by_kind.filter((pl.col("dataset") == dataset) & (pl.col("n_dropped") == count))
+    wide = same.pivot("component", index="at", values="added").drop_nulls()
+    if wide.height > 1:
+        least = pl.min_horizontal([pl.col(kind) for kind in kinds[1:] if kind in wide.columns])
+        figure += f"; less than half at {wide.filter(pl.col('attn') < least / 2).height} of {wide.height} checkpoints"
+    answer = _answer(
+        yes=all(_is_less(attn, other, 0.5) for other in others), no=any(_is_less(other, attn) for other in others)
+    )
+    return Check(name, question, answer, figure, rule)
+
+
+def _importance_beats_others(series: Series, costs: pl.DataFrame) -> Check:
+    name = "importance-beats-others"
+    question = (
+        "Does dropping attention by importance cost less than at random and deepest first (arXiv 2406.15786, Table 7)?"
+    )
+    rule = (
+        "loss that is added by dropping as many attentions in each order, about half, at the last checkpoint where "
+        "that was measured: yes if by importance adds less than the mean of random orders and than deepest first, no "
+        f"if it adds more than one of them; by {_MARGIN}"
+    )
+    orders = ("importance", "random", "deepest")
+    n_layers = len(series.grids["attn"].layers) if "attn" in series.grids else 0
+    of_attention = costs.filter((pl.col("component") == "attn") & (pl.col("n_dropped") < n_layers))
+    found = _at_one_number(series, of_attention, "order", orders, n_needed=3, share=0.5)
+    if found is None:
+        return Check(name, question, "undecided", _UNMEASURED, rule)
+    at, dataset, count, cells = found
+    best, others = cells["importance"], [cells[order] for order in orders[1:]]
+    figure = f"{count} of {n_layers} dropped at {_name(series, at)} on {dataset} add " + ", ".join(
+        f"{_ORDERS[order]} {_added(cell)}" for order, cell in cells.items()
+    )
+    answer = _answer(yes=all(_is_less(best, other) for other in others), no=any(_is_less(o, best) for o in others))
+    return Check(name, question, answer, figure, rule)
+
+
+def _at_one_number(
+    series: Series, costs: pl.DataFrame, column: str, wanted: tuple[str, ...], *, n_needed: int, share: float
+) -> tuple[int, str, int, dict[str, _Cost]] | None:
+    """What drops of one size add at the last checkpoint where they can be compared.
+
+    Args:
+        series: The series.
+        costs: Rows of `drop_costs`.
+        column: What is compared, `component` or `order`.
+        wanted: Its values; the first `n_needed` must be there.
+        n_needed: How many of them are needed.
+        share: Of all layers: of several sizes, the nearest to it.
+
+    Returns:
+        Place of the checkpoint, text, number dropped, and what each adds; None where nothing can be compared.
+    """
+    needed = pl.col(column).filter(pl.col(column).is_in(wanted[:n_needed])).n_unique() == n_needed
+    sizes = costs.group_by("at", "dataset", "n_dropped", maintain_order=True).agg(enough=needed, n=pl.len())
+    sizes = sizes.filter(pl.col("enough"))
+    if sizes.is_empty():
+        return None
+    off = (pl.col("n_dropped") - share * (1 + series.last_layer)).abs()
+    one = sizes.filter(pl.col("at") == pl.col("at").max()).sort(off, "n", descending=[False, True]).head(1)
+    rows = costs.join(one, on=["at", "dataset", "n_dropped"], how="semi")
+    cells = {row[column]: (row["added"], row["stderr"]) for row in rows.iter_rows(named=True)}
+    at, dataset, count = one.select("at", "dataset", "n_dropped").row(0)
+    return at, dataset, count, {name: cells[name] for name in wanted if name in cells}
+
+
+def _is_less(cost: _Cost, other: _Cost, part: float = 1.0) -> bool:
+    """Whether what is added is surely less than that part of another."""
+    (value, error), (limit, spread) = cost, other
+    margin = 1.96 * float(np.hypot(error or 0.0, part * (spread or 0.0)))
+    return value + margin < part * limit
+
+
+def _added(cost: _Cost) -> str:
+    value, error = cost
+    return f"{value:+.3f}" + ("" if error is None else f" ± {error:.2g}")
 
 
 def _attention_first(series: Series, curve: Curve | None) -> Check:

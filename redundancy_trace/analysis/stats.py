@@ -8,6 +8,7 @@ import polars as pl
 
 from redundancy_trace.analysis.agreement import calibration_agreement, onset_of, quarter, shared_in_draws
 from redundancy_trace.analysis.checks import Check, all_checks
+from redundancy_trace.analysis.costs import drop_costs
 from redundancy_trace.analysis.frames import complete, one_calibration
 from redundancy_trace.analysis.published import BesidePublished, beside_published
 from redundancy_trace.analysis.ranks import chance_overlap
@@ -106,6 +107,7 @@ def training_stats(
     duplicates: pl.DataFrame | None = None,
     *,
     calibration: str | None = None,
+    evaluations: pl.DataFrame | None = None,
     failed: Iterable[LeftOut] = (),
 ) -> TrainingStats:
     """Agreement and trends of a run's longest series, and the answers to what others found.
@@ -114,6 +116,7 @@ def training_stats(
         scores: Scores of one model, of all its calibrations.
         duplicates: Checkpoints that repeat another's weights, as `read_duplicates` gives them: left out, and named.
         calibration: The calibration to look at; None = the first.
+        evaluations: What was measured of the run, as `read_evaluations` gives it; decides what scores alone cannot.
         failed: Checkpoints that have no scores, to be named.
 
     Returns:
@@ -140,7 +143,7 @@ def training_stats(
             frame.select(pl.lit(component).alias("component"), pl.all()) for component, frame in onsets.items()
         ),
         calibrations=between,
-        checks=all_checks(series, curves, onsets, between),
+        checks=all_checks(series, curves, onsets, between, drop_costs(series, evaluations)),
         published=beside_published(rows["model"][0], series),
         left_out=(*series.left_out, *failed),
     )

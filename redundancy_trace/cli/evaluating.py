@@ -112,10 +112,13 @@ def _print_curve(result: "EvaluationResult") -> None:
     """One line a number dropped, one column a kind of component."""
     import polars as pl
 
+    from redundancy_trace.metrics import LOSS
+
     first = result.rows.row(0, named=True)
-    planned = result.rows.filter(pl.col("plan").is_not_null())
+    losses = result.rows.filter(pl.col("metric") == LOSS.name)
+    planned = losses.filter(pl.col("plan").is_not_null())
     kinds = [kind for kind in CURVES if kind in planned["component"].to_list()]
-    whole = result.rows.filter(pl.col("plan").is_null())["value"][0]
+    whole = losses.filter(pl.col("plan").is_null())["value"][0]
     typer.echo(f"Loss in nats per token of {_checkpoint(first)} on {first['dataset']}, {_ORDERS}:")
     lines = [["0", *(f"{whole:.3f}" for _ in kinds)]]
     for count in sorted(planned["n_dropped"].unique()):
@@ -127,7 +130,7 @@ def _print_curve(result: "EvaluationResult") -> None:
 
 def _print_along(result: "EvaluationResult") -> None:
     """One line a checkpoint, one column a drop: under its own plans, then its plan on the last checkpoint."""
-    from redundancy_trace.figures.quality import along_values
+    from redundancy_trace.analysis import along_values
 
     rows = result.rows
     values = along_values(rows)

@@ -29,13 +29,21 @@ def stats_command(
 ) -> int:
     """Say how far the order of the layers holds over training, and what else changes; writes RUN/stats.json."""
     from redundancy_trace.analysis import LeftOut, training_stats
-    from redundancy_trace.store import read_duplicates, read_failures, read_scores, write_json
+    from redundancy_trace.store import (
+        holds_evaluations,
+        read_duplicates,
+        read_evaluations,
+        read_failures,
+        read_scores,
+        write_json,
+    )
 
     folder = run_folder.expanduser()
     stats = training_stats(
         read_scores(folder),
         read_duplicates(folder),
         calibration=calibration,
+        evaluations=read_evaluations(folder) if holds_evaluations(folder) else None,
         failed=[LeftOut(one["revision"], f"could not be scored: {one['reason']}") for one in read_failures(folder)],
     )
     content = stats.to_json()

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from redundancy_trace.errors import CheckpointError
 
-# Most bytes of states that stay in memory. Fixed, not what is free at the moment: a run repeats.
-STATES_BYTES = 4 * 2**30
+# Most bytes of states that stay in memory, and the share of a GPU's. Not what is free at the moment: a run repeats.
+STATES_BYTES, _CUDA_SHARE = 4 * 2**30, 0.25
 
 
 class HiddenStates:
@@ -72,7 +72,7 @@ def hidden_states(
         CheckpointError: They are too large for memory, and the temporary folder has no room for them.
     """
     count = sum(sizes) * length * width
-    if count * dtype.itemsize <= STATES_BYTES:
+    if count * dtype.itemsize <= _most_bytes(device):
         yield HiddenStates(sizes, None, device)
         return
     with tempfile.TemporaryDirectory(prefix="redundancy-trace-states-") as name:
@@ -86,6 +86,12 @@ def hidden_states(
                 "take fewer --samples."
             ) from error
         yield HiddenStates(sizes, torch.from_file(str(file), shared=True, size=count, dtype=dtype), device)
+
+
+def _most_bytes(device: torch.device) -> int:
+    if device.type != "cuda":
+        return STATES_BYTES
+    return int(_CUDA_SHARE * torch.cuda.get_device_properties(device).total_memory)
 
 
 def _take_room(file: Path, count: int) -> None:

@@ -24,11 +24,11 @@ from redundancy_trace.engine.checks import check_calibration, check_identity
 from redundancy_trace.engine.hidden import HiddenStates, hidden_states
 from redundancy_trace.engine.reading import reading_ahead
 from redundancy_trace.engine.sums import (
-    LOGITS,
     DistanceSums,
     LayerSums,
     LossSums,
     distance_sequences,
+    most_logits,
 )
 from redundancy_trace.errors import CheckpointError
 from redundancy_trace.metrics import ModelScores, Value
@@ -289,6 +289,7 @@ def _run_layer_(
     def on_states(seen: LayerStates) -> None:
         sums.add(seen)  # tells by name what is not finite
         if current == 0:
+            sums.settle()
             check_identity(seen, index)
         states[current] = seen.resid_post
 
@@ -306,19 +307,21 @@ def _add_state(distances: DistanceSums, states: HiddenStates) -> None:
 
 
 def _add_loss(surroundings: _Surroundings, batch: Tensor, original: Tensor, state: Tensor, loss: LossSums) -> None:
-    """Final norm and head on the last state, one sequence at a time or less: logits are the largest tensor of all."""
+    """Final norm and head on the last state, in pieces of the sequences: logits are the largest tensor of all."""
     vocabulary = surroundings.model.get_output_embeddings().weight.shape[0]
-    step = max(1, LOGITS // vocabulary)
     last = batch.shape[1] - 1  # no token follows it
+    tokens = max(1, most_logits(state.device) // vocabulary)
+    step, together = min(tokens, last), max(1, tokens // last) if state.is_cuda else 1
 
-    def logits_of(i: int, start: int) -> tuple[Tensor, Tensor]:
+    def logits_of(some: slice, start: int) -> tuple[Tensor, Tensor]:
         here = slice(start, min(start + step, last))
         # The layers do not run: all that is left treats each token by itself.
-        dry = surroundings.run(batch[i : i + 1, here], answer=state[i : i + 1, here], head=True)
-        return dry.output[0], original[i, here.start + 1 : here.stop + 1]
+        dry = surroundings.run(batch[some, here], answer=state[some, here], head=True)
+        return dry.output, original[some, here.start + 1 : here.stop + 1]
 
-    for i in range(len(batch)):
-        loss.add_sequence(logits_of(i, start) for start in range(0, last, step))
+    for first in range(0, len(batch), together):
+        some = slice(first, first + together)
+        loss.add_sequences(logits_of(some, start) for start in range(0, last, step))
 
 
 def _same(a: Any, b: Any) -> bool:

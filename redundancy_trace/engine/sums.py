@@ -19,14 +19,19 @@ DISTANCE_BYTES = 256 * 2**20
 # work), elsewhere what keeps temporary memory small.
 _TILE_OF_A_THREAD = 2**19
 _LARGE_TILE = 2**24
-# Most logits that are computed at a time: 128 MiB of float32.
-LOGITS = 2**25
+# Most logits that are computed at a time: 128 MiB of float32, and 512 MiB where a batch keeps more units busy.
+LOGITS, _MORE_LOGITS = 2**25, 2**27
 
 
 def tile_tokens(device: torch.device, width: int) -> int:
     """How many tokens of a width are compared at a time."""
     numbers = _TILE_OF_A_THREAD * torch.get_num_threads() if device.type == "cpu" else _LARGE_TILE
     return max(1, numbers // width)
+
+
+def most_logits(device: torch.device) -> int:
+    """How many logits are computed at a time."""
+    return _MORE_LOGITS if device.type == "cuda" else LOGITS
 
 
 def mean_and_error(sums_N: np.ndarray, counts_N: np.ndarray) -> tuple[float | None, float | None, int, int]:
@@ -50,21 +55,53 @@ def mean_and_error(sums_N: np.ndarray, counts_N: np.ndarray) -> tuple[float | No
     return value, stderr, n_sequences, n_tokens
 
 
+@dataclass(frozen=True)
+class _Measured:
+    """A batch, and its lengths on their way to the CPU; they are there when `arrived` has happened."""
+
+    states: LayerStates
+    lengths: Tensor
+    arrived: "torch.cuda.Event | None"
+
+
 @dataclass
 class LayerSums:
-    """Running sums of one layer; batches arrive in order."""
+    """Running sums of one layer; batches arrive in order.
+
+    On CUDA a batch is looked at when the next one is under way: the device does not wait for the CPU, which does the
+    float64 arithmetic of a few numbers a token.
+    """
 
     layer: int
     _sums: list[np.ndarray] = field(default_factory=list)
     _counts: list[np.ndarray] = field(default_factory=list)
+    _measured: _Measured | None = None
 
     def add(self, states: LayerStates) -> None:
-        """Add one batch.
+        """Add one batch, whose states must stay as they are until the next is added, or `settle` is called.
 
         Raises:
             CheckpointError: If a state is not finite: it names the layer and the dtype, and is never made a rank.
         """
-        compared, enough = compare_lengths(_lengths(states))
+        measured = _measure(states)
+        self.settle()
+        self._measured = measured
+        if measured.arrived is None:
+            self.settle()
+
+    def settle(self) -> None:
+        """Take in what was added last.
+
+        Raises:
+            CheckpointError: As `add`.
+        """
+        if self._measured is None:
+            return
+        measured, self._measured = self._measured, None
+        if measured.arrived is not None:
+            measured.arrived.synchronize()
+        states = measured.states
+        compared, enough = compare_lengths(measured.lengths)
         if not bool(enough.all()):
             _compare_again_(compared, states, ~enough)
         compared = compared.unflatten(-1, states.resid_pre.shape[:2])
@@ -79,12 +116,22 @@ class LayerSums:
 
     def values(self) -> list[Value]:
         """Every metric of attn, mlp and block of this layer."""
+        self.settle()
         sums_MCN, counts_MCN = np.concatenate(self._sums, axis=-1), np.concatenate(self._counts, axis=-1)
         return [
             Value(self.layer, component, metric, *mean_and_error(sums_MCN[i, c], counts_MCN[i, c]))
             for c, component in enumerate(COMPONENTS)
             for i, metric in enumerate(COMPARED)
         ]
+
+
+def _measure(states: LayerStates) -> _Measured:
+    lengths = _lengths(states)
+    if not lengths.is_cuda:
+        return _Measured(states, lengths, None)
+    on_cpu = torch.empty(lengths.shape, dtype=lengths.dtype, pin_memory=True)
+    on_cpu.copy_(lengths, non_blocking=True)
+    return _Measured(states, on_cpu, torch.cuda.current_stream(lengths.device).record_event())
 
 
 def _lengths(states: LayerStates) -> Tensor:
@@ -116,29 +163,40 @@ def _compare_again_(compared: Tensor, states: LayerStates, wanted: Tensor) -> No
 class LossSums:
     """Running sums of the next-token loss."""
 
-    _sums: list[float] = field(default_factory=list)
+    _sums: list[Tensor] = field(default_factory=list)
     _counts: list[int] = field(default_factory=list)
+    _dtype: torch.dtype = torch.float32
 
     def add(self, logits_BTV: Tensor, ids_BT: Tensor) -> None:
         """Add one batch: logits of shape (B, T, V) and the token ids they were computed from."""
         for logits_TV, ids_T in zip(logits_BTV, ids_BT, strict=True):
-            self.add_sequence([(logits_TV[:-1], ids_T[1:])])
+            self.add_sequences([(logits_TV[None, :-1], ids_T[None, 1:])])
 
-    def add_sequence(self, tiles: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Add one sequence in pieces: logits, shape (T, V), and the ids of the tokens that follow, shape (T,)."""
-        total, count = 0.0, 0
-        for logits_TV, next_T in tiles:
-            losses = torch.nn.functional.cross_entropy(logits_TV.float(), next_T, reduction="none")
-            total += float(to_float64(losses).sum())
-            count += len(losses)
-            if not math.isfinite(total):
-                raise CheckpointError(not_finite("the loss", logits_TV.dtype))
-        self._sums.append(total)
-        self._counts.append(count)
+    def add_sequences(self, tiles: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Add sequences in pieces: logits, shape (B, T, V), and the ids of the tokens that follow, shape (B, T)."""
+        total_B, count = None, 0
+        for logits_BTV, next_BT in tiles:
+            self._dtype = logits_BTV.dtype
+            losses = torch.nn.functional.cross_entropy(
+                logits_BTV.flatten(0, 1).float(), next_BT.flatten(), reduction="none"
+            )
+            sums_B = to_float64(losses).view(next_BT.shape).sum(dim=1)
+            total_B = sums_B if total_B is None else total_B + sums_B
+            count += next_BT.shape[1]
+        assert total_B is not None
+        self._sums.append(total_B)
+        self._counts += [count] * len(total_B)
 
     def value(self) -> Value:
-        """Mean loss in nats per token."""
-        return Value(None, "model", "loss", *mean_and_error(np.array(self._sums), np.array(self._counts)))
+        """Mean loss in nats per token.
+
+        Raises:
+            CheckpointError: If it is not finite.
+        """
+        sums_N = torch.cat(self._sums).cpu().numpy()
+        if not np.isfinite(sums_N).all():
+            raise CheckpointError(not_finite("the loss", self._dtype))
+        return Value(None, "model", "loss", *mean_and_error(sums_N, np.array(self._counts)))
 
 
 def distance_sequences(n_sequences: int, length: int, *, width: int, n_layers: int) -> int:

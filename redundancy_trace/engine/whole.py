@@ -115,6 +115,7 @@ def _score(
     def on_states(index: int, states: LayerStates) -> None:
         nonlocal wanted
         sums[index].add(states)  # tells by name what is not finite
+        sums[index].settle()
         if seen_sequences == 0:
             check_identity(states, index)
             wanted = distance_sequences(len(ids), ids.shape[1], width=states.resid_pre.shape[-1], n_layers=len(layers))

@@ -88,9 +88,13 @@ class DropLosses:
                 self._on_measured()
         return self._known[key]
 
-    def row(self, plan: DropPlan | None) -> Evaluated:
-        """The same as a number, with what was dropped."""
-        return with_plan(self.of(plan).loss(), plan)
+    def rows(self, plan: DropPlan | None, *, every: bool = False) -> list[Evaluated]:
+        """The loss as a number, with what was dropped and how much that added; all that follows from it if `every`."""
+        found = self.of(plan)
+        numbers = found.numbers() if every else [found.loss()]
+        if plan is not None:
+            numbers.append(found.added_to(self.of(None)))
+        return [with_plan(number, plan) for number in numbers]
 
     def _measure(self) -> TextLoss:
         return text_loss(self._dropper.model, self._windows, batch_size=self._batch_size)

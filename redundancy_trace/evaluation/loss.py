@@ -14,6 +14,7 @@ from redundancy_trace.engine import choose_batch_size
 from redundancy_trace.engine.checks import check_calibration
 from redundancy_trace.errors import CheckpointError, InputError
 from redundancy_trace.evaluation.windows import Windows
+from redundancy_trace.metrics import ADDED_LOSS
 from redundancy_trace.similarity import to_float64
 from redundancy_trace.store import Evaluated
 
@@ -53,6 +54,14 @@ class TextLoss:
             stride=windows.stride,
             bos=windows.bos,
         )
+
+    def added_to(self, whole: "TextLoss") -> Evaluated:
+        """By how much the loss is above that of the whole model on the same windows, with the error of the difference.
+
+        Both find the same windows hard, so that the difference is known far better than either loss.
+        """
+        value, stderr = _ratio_and_error(self.sums - whole.sums, self.counts)
+        return replace(self.loss(), metric=ADDED_LOSS.name, value=value, stderr=stderr)
 
     def numbers(self) -> list[Evaluated]:
         """Loss, perplexity and, where the text's bytes are known, bits per byte, which compares tokenizers."""

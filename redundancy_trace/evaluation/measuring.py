@@ -31,10 +31,9 @@ Plans = Sequence[DropPlan | None]
 def loss_rows(
     model: Any, windows: Windows, plans: Plans = (None,), *, batch_size: int | None = None
 ) -> list[Evaluated]:
-    """Loss, perplexity and bits per byte on a text, under each plan (None = the whole model)."""
+    """Loss, perplexity and bits per byte on a text, under each plan (None = the whole model), and what a plan adds."""
     losses = DropLosses(_dropper(model, plans), windows, batch_size=batch_size)
-    numbers = [with_plan(number, plan) for plan in plans for number in losses.of(plan).numbers()]
-    return _where(model, numbers)
+    return _where(model, [number for plan in plans for number in losses.rows(plan, every=True)])
 
 
 def speed_rows(model: Any, load: Load, plans: Plans = (None,)) -> list[Evaluated]:
@@ -66,7 +65,7 @@ def curve_rows(
     batch_size: int | None = None,
     on_loss: Callable[[int, int], None] | None = None,
 ) -> list[Evaluated]:
-    """The loss of the whole model, then for each plan the loss after its first 1, 2, … components.
+    """The loss of the whole model, then for each plan the loss, and what it adds, after its first 1, 2, … components.
 
     Args:
         model: The model.
@@ -112,7 +111,7 @@ def along_rows(
     batch_size: int | None = None,
     on_loss: Callable[[int, int], None] | None = None,
 ) -> list[Evaluated]:
-    """The loss of the whole model and under each plan; `on_loss` is told as for `curve_rows`."""
+    """The loss of the whole model, and under each plan with what it adds; `on_loss` is told as for `curve_rows`."""
     return _losses(model, windows, [None, *plans], batch_size, on_loss)
 
 
@@ -132,7 +131,7 @@ def _losses(
             on_loss(done, total)
 
     losses = DropLosses(_dropper(model, plans), windows, batch_size=batch_size, on_measured=measured)
-    return _where(model, [losses.row(plan) for plan in plans])
+    return _where(model, [number for plan in plans for number in losses.rows(plan)])
 
 
 def _dropper(model: Any, plans: Plans) -> Dropper:

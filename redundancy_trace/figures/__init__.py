@@ -13,7 +13,14 @@ from pathlib import Path
 import polars as pl
 from matplotlib.figure import Figure
 
-from redundancy_trace.analysis import Axis, blank_duplicates, leave_out_duplicates, metric_values, training_axis
+from redundancy_trace.analysis import (
+    Axis,
+    along_values,
+    blank_duplicates,
+    leave_out_duplicates,
+    metric_values,
+    training_axis,
+)
 from redundancy_trace.analysis.frames import complete
 from redundancy_trace.errors import InputError, nearest
 from redundancy_trace.figures.agreement import (
@@ -51,7 +58,6 @@ from redundancy_trace.figures.orders import (
     spread_over_training,
 )
 from redundancy_trace.figures.quality import (
-    along_values,
     curve_values,
     joint_values,
     plot_drop_along,

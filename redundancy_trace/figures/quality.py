@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from redundancy_trace.analysis import training_axis
+from redundancy_trace.analysis import along_values, training_axis
 from redundancy_trace.errors import InputError
 from redundancy_trace.figures.style import (
     COLUMN_WIDTH,
@@ -416,45 +416,6 @@ def tradeoff_values(evaluations: pl.DataFrame, metric: str = "loss", dataset: st
     return table.with_columns(memory_share=pl.col("bytes") / whole[0])
 
 
-def along_values(evaluations: pl.DataFrame) -> pl.DataFrame:
-    """The losses of `trace eval --along`, as what a drop adds to the loss of the whole model.
-
-    Returns:
-        One row a checkpoint and plan: the checkpoint whose plan it is, `position_order` (its place in training), what
-        was dropped, `applied` (`own`: to that checkpoint; `last`: to the last one), `value`, and `added` = value less
-        the loss of the same model without the drop.
-
-    Raises:
-        InputError: There are no such rows.
-    """
-    rows = evaluations.filter((pl.col("purpose") == "along") & (pl.col("metric") == LOSS.name))
-    if rows.is_empty():
-        raise InputError("No loss was measured along training. Measure it: trace eval --along RUN.")
-    rows = rows.filter(pl.col("dataset") == rows["dataset"][0])
-    whole = rows.filter(pl.col("plan").is_null()).unique(subset=["revision"], maintain_order=True)
-    places = whole.select("revision", "commit", "stage", "ingredient", "seed", "step", "tokens", baseline="value")
-    places = places.with_row_index("position_order")
-    planned = rows.filter(pl.col("plan").is_not_null()).select(
-        "model", "dataset", "plan", "component", "n_dropped", "order", "order_seed", "plan_revision", "value", "stderr",
-        measured="revision",
-    )  # fmt: skip
-    baseline = places.select(measured="revision", baseline="baseline")
-    table = planned.join(baseline, on="measured").join(
-        places.drop("baseline"), left_on="plan_revision", right_on="revision"
-    )
-    own = pl.when(pl.col("plan_revision") == pl.col("measured")).then(pl.lit("own")).otherwise(pl.lit("last"))
-    table = table.with_columns(applied=own, added=pl.col("value") - pl.col("baseline"))
-    # The last checkpoint's own plan is where the line of plans applied to it ends.
-    last = table.filter((pl.col("applied") == "own") & (pl.col("order") == "importance"))
-    last = last.filter(pl.col("position_order") == len(places) - 1).with_columns(applied=pl.lit("last"))
-    table = pl.concat([table, last]).rename({"plan_revision": "revision"})
-    kinds = {kind: place for place, kind in enumerate(KINDS)}
-    return table.sort(
-        pl.col("component").replace_strict(kinds, default=len(kinds)), "n_dropped", "position_order", "order",
-        "order_seed", maintain_order=True,
-    )  # fmt: skip
-
-
 def drop_label(drop: str) -> str:
     """`attn=25%` as a title.
 
@@ -496,8 +457,12 @@ def _most_measured(rows: pl.DataFrame, conditions: list[str]) -> pl.DataFrame:
 
 
 def _whole(rows: pl.DataFrame) -> float:
-    """The value of the whole model."""
-    return float(rows.filter(pl.col("n_dropped") == 0)["value"][0])
+    """The value of the whole model; of what compares with it, that of a drop which changes nothing."""
+    held = rows.filter(pl.col("n_dropped") == 0)["value"]
+    if len(held):
+        return float(held[0])
+    metric = EVALUATION_METRICS.get(rows["metric"][0])
+    return float("nan") if metric is None or metric.redundant is None else metric.redundant
 
 
 def _draw_orders(ax: Axes, rows: pl.DataFrame, whole: float, colour: str) -> None:

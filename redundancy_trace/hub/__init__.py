@@ -5,6 +5,7 @@ limits, `cache` reads the user's own Hub cache. `ranges` reads a file by ranges,
 one, `transfer` fetches several at once, `reading` reads pieces into memory, `progress` counts arriving bytes.
 """
 
+from redundancy_trace.hub.cache import hub_cache
 from redundancy_trace.hub.client import Hub
 from redundancy_trace.hub.failures import is_refused, may_pass
 from redundancy_trace.hub.progress import Stopped
@@ -21,6 +22,7 @@ __all__ = [
     "RepoFile",
     "RepoKind",
     "Stopped",
+    "hub_cache",
     "is_refused",
     "may_pass",
 ]

@@ -89,13 +89,18 @@ def checked_file(file: Path) -> Path:
     return file
 
 
-def _folder(repo: str, kind: RepoKind) -> Path:
+def hub_cache() -> Path:
+    """Where huggingface_hub keeps what it downloads."""
     from huggingface_hub import constants
 
-    folder = Path(constants.HF_HUB_CACHE) / f"{kind}s--{repo.replace('/', '--')}"
+    return Path(constants.HF_HUB_CACHE)
+
+
+def _folder(repo: str, kind: RepoKind) -> Path:
+    folder = hub_cache() / f"{kind}s--{repo.replace('/', '--')}"
     if not folder.is_dir():
         raise InputError(
-            f"{repo} is not in the Hub cache ({constants.HF_HUB_CACHE}), and the network is not to be used. "
+            f"{repo} is not in the Hub cache ({hub_cache()}), and the network is not to be used. "
             "Leave out --offline (and HF_HUB_OFFLINE), or name a local folder."
         )
     return folder

@@ -14,6 +14,7 @@ from redundancy_trace.pruning.selecting import choose, parse_spec, plan_drop
 
 if TYPE_CHECKING:
     import numpy as np
+    import polars as pl
 
 OnLine = Callable[[str], None]
 
@@ -133,9 +134,22 @@ def plan_for(
 
 
 def _from_run(checkpoint: OpenCheckpoint, drop: str, order: str, scores: str | Path) -> DropPlan:
+    from redundancy_trace.store import read_distances
+
+    same = scores_in_run(checkpoint, scores)
+    distances = read_distances(scores) if order == "consecutive" else None
+    return plan_drop(same, same["revision"][0], drop=drop, order=order, distances=distances)
+
+
+def scores_in_run(checkpoint: OpenCheckpoint, scores: str | Path) -> "pl.DataFrame":
+    """The rows that a run has of a checkpoint, known by its commit.
+
+    Raises:
+        InputError: It is no run, of another model, or has none of this checkpoint.
+    """
     import polars as pl
 
-    from redundancy_trace.store import read_distances, read_scores
+    from redundancy_trace.store import read_scores
 
     rows = read_scores(scores)
     same = rows.filter(pl.col("commit") == checkpoint.commit)
@@ -148,9 +162,7 @@ def _from_run(checkpoint: OpenCheckpoint, drop: str, order: str, scores: str | P
             f"trace --model {checkpoint.model} --revisions {checkpoint.revision} --out {scores}; or leave out "
             "--scores, and it is scored now."
         )
-    revision = same["revision"][0]
-    distances = read_distances(scores) if order == "consecutive" else None
-    return plan_drop(same, revision, drop=drop, order=order, distances=distances)
+    return same
 
 
 def _scored_now(
@@ -207,7 +219,8 @@ def check_model(model: str | None, commit: str | None, checkpoint: OpenCheckpoin
         InputError: It is of another model.
     """
     if model is not None and model != checkpoint.model and commit != checkpoint.commit:
+        how = "trace prune --drop SPEC" if what == "plan" else f"trace --model {checkpoint.model}"
         raise InputError(
             f"The {what} is of {model}, not of {checkpoint.model} at {checkpoint.commit[:12]}. Make one of this model: "
-            "trace prune --drop SPEC."
+            f"{how}."
         )

@@ -13,6 +13,7 @@ from redundancy_trace.analysis import (
     CHECKPOINT_COLUMNS,
     LeftOut,
     TrainingStats,
+    along_values,
     blank_duplicates,
     checkpoint_order,
     leave_out_duplicates,
@@ -22,10 +23,10 @@ from redundancy_trace.analysis import (
 )
 from redundancy_trace.checkpoints import Listing, listing_from_json
 from redundancy_trace.errors import InputError
-from redundancy_trace.figures.quality import along_values
 from redundancy_trace.store import (
     CalibrationRecord,
     Run,
+    holds_evaluations,
     read_duplicates,
     read_evaluations,
     read_failures,
@@ -144,6 +145,7 @@ def gather(folder: Path, calibration: str | None = None) -> Sources:
     assert run is not None  # held by read_scores
     duplicates = read_duplicates(folder)
     failures = tuple(one for one in read_failures(folder) if one["calibration"] in (name, None))
+    evaluations = read_evaluations(folder) if holds_evaluations(folder) else None
     failed = [LeftOut(one["revision"], f"could not be scored: {one['reason']}") for one in failures]
     return Sources(
         run=run,
@@ -153,14 +155,14 @@ def gather(folder: Path, calibration: str | None = None) -> Sources:
         duplicates=duplicates,
         failures=failures,
         listing=_listing(folder / "listing.json"),
-        stats=training_stats(scores, duplicates, calibration=name, failed=failed),
-        costs=_costs(folder),
+        stats=training_stats(scores, duplicates, calibration=name, evaluations=evaluations, failed=failed),
+        costs=_costs(evaluations),
     )
 
 
-def _costs(folder: Path) -> pl.DataFrame | None:
+def _costs(evaluations: pl.DataFrame | None) -> pl.DataFrame | None:
     try:
-        return along_values(read_evaluations(folder))
+        return None if evaluations is None else along_values(evaluations)
     except InputError:
         return None
 

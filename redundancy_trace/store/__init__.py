@@ -12,6 +12,7 @@ from redundancy_trace.store.evaluations import (
     evaluations_frame,
     finished_evaluations,
     holds_evaluations,
+    open_evaluations,
     read_evaluations,
     write_evaluations,
 )
@@ -58,6 +59,7 @@ __all__ = [
     "finished_evaluations",
     "finished_parts",
     "holds_evaluations",
+    "open_evaluations",
     "open_run",
     "part_name",
     "read_distances",

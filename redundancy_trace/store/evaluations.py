@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 import polars as pl
 
-from redundancy_trace.errors import InputError
+from redundancy_trace.errors import InputError, first_line
 from redundancy_trace.locking import alone_in
-from redundancy_trace.store.scores import Labels, as_listed, part_name, read_run, write_parquet
+from redundancy_trace.store.scores import Labels, as_listed, check_writable, part_name, read_run, write_parquet
 
 ONE_FILE = "evaluation.parquet"
 _FOLDER = "evaluations"
@@ -161,6 +161,26 @@ def write_evaluations(file: Path, rows: pl.DataFrame) -> None:
         write_parquet(file, rows)
 
 
+def open_evaluations(place: Path, model: str, commit: str) -> frozenset[str]:
+    """Identities whose rows a place has already; makes sure that rows of this checkpoint can be added to it.
+
+    Args:
+        place: A `.parquet` file, or a run folder; it need not be there, and is not made.
+        model: The model, as rows name it.
+        commit: The checkpoint's.
+
+    Raises:
+        InputError: It is a run of another model, holds something else, or is not writable.
+    """
+    is_file = place.suffix == ".parquet"
+    check_writable(place.parent if is_file else place)
+    run = None if is_file else read_run(place)
+    # A checkpoint may go by another name, such as its own folder's, and still be one of the run.
+    if run is not None and run.model != model and not any((place / "scores").glob(f"{commit[:12]}-*.parquet")):
+        raise InputError(f"{place} is a run of {run.model}, not of {model}; name another place with --out.")
+    return finished_evaluations(place)
+
+
 def finished_evaluations(place: Path) -> frozenset[str]:
     """Identities whose rows are stored at a place, a `.parquet` file or a run folder."""
     return frozenset(identity for file in _files(place) for identity in _of_file(file)["identity"].unique())
@@ -209,4 +229,6 @@ def _of_file(file: Path) -> pl.DataFrame:
     try:
         return pl.read_parquet(file).select(*EVALUATION_SCHEMA).cast(pl.Schema(EVALUATION_SCHEMA))
     except (pl.exceptions.PolarsError, OSError) as error:
-        raise InputError(f"{file} holds no evaluations that can be read ({error}); name another with --out.") from error
+        raise InputError(
+            f"{file} holds no evaluations that can be read ({first_line(error)}); delete it, or name another place."
+        ) from error

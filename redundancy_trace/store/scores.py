@@ -161,6 +161,25 @@ def read_run(folder: Path) -> Run | None:
         ) from error
 
 
+def check_writable(folder: Path) -> Path:
+    """Refuse a folder that cannot be made or written to, before any work is done for it; nothing is made.
+
+    Returns:
+        The folder, or the nearest one above it that is there.
+
+    Raises:
+        InputError: It is not writable.
+    """
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    try:
+        probe = part_of(there / "writable")
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"--out {folder} cannot be written to ({error.strerror}); try another --out.") from error
+    return there
+
+
 def open_run(
     folder: Path, *, model: str, trust_remote_code: bool, dtype: str | None, tokens_per_step: int | None
 ) -> Run | None:
@@ -176,13 +195,7 @@ def open_run(
     Raises:
         InputError: If the folder holds another run (the field is named) or something else, or is not writable.
     """
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    try:
-        probe = part_of(there / "writable")
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise InputError(f"--out {folder} cannot be written to ({error.strerror}); try another --out.") from error
+    there = check_writable(folder)
     run = read_run(folder)
     if run is None:
         # Token ids and listing are kept before settings.json: alone, they are what a killed sweep left. Evaluations

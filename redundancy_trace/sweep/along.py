@@ -65,7 +65,10 @@ def run_along(settings: EvaluationSettings, reporter: Reporter) -> EvaluationRes
     Raises:
         InputError: There is no such run, it has no scores, or its text is too short; nothing is half-written.
     """
+    from redundancy_trace.engine import choose_device
+
     folder = (settings.along or Path()).expanduser()
+    choose_device(settings.device)  # refused before anything is fetched
     run, listing = _run_in(folder)
     tidy_run(folder)
     scores = _scores_of(folder)
@@ -160,7 +163,7 @@ def _steps(
     """The run's checkpoints in training order, with plans and identities."""
     from redundancy_trace.analysis import checkpoint_order
     from redundancy_trace.evaluation.dropping import plan_hash
-    from redundancy_trace.metrics import LOSS
+    from redundancy_trace.metrics import ADDED_LOSS, LOSS
     from redundancy_trace.pruning import plan_drop
 
     drops, orders = listed(settings.drops), listed(settings.orders)
@@ -187,7 +190,7 @@ def _steps(
             "subfolder": checkpoint.subfolder,
             "dtype": run.dtype,
             "trust_remote_code": run.trust_remote_code,
-            "metrics": {LOSS.name: LOSS.version},
+            "metrics": {metric.name: metric.version for metric in (LOSS, ADDED_LOSS)},
             "plans": [plan_hash(plan) for plan in plans],
             **windows_facts(windows),
         }

@@ -18,13 +18,14 @@ from redundancy_trace.store import (
     Labels,
     evaluation_file,
     evaluations_frame,
-    finished_evaluations,
+    open_evaluations,
     read_evaluations,
     write_evaluations,
 )
 
 if TYPE_CHECKING:
     import polars as pl
+    import torch
 
     from redundancy_trace.evaluation import Load, Windows
     from redundancy_trace.evaluation.tasks import LoadedTasks
@@ -90,6 +91,10 @@ class _Subject:
         """The text."""
         raise NotImplementedError
 
+    def scores(self, folder: Path) -> "pl.DataFrame":
+        """What a run folder has of its scores."""
+        raise NotImplementedError
+
     @property
     def positions(self) -> int | None:
         """The longest sequence that the model takes; None where it has no limit."""
@@ -116,8 +121,15 @@ class _OnDisk(_Subject):
         self._reporter = reporter
 
     @cached_property
-    def model(self) -> Any:
+    def dtype(self) -> "torch.dtype":
+        """What it is computed in."""
         from redundancy_trace.engine import choose_device, choose_dtype
+
+        return choose_dtype(self.settings.dtype, choose_device(self.settings.device))
+
+    @cached_property
+    def model(self) -> Any:
+        from redundancy_trace.engine import choose_device
         from redundancy_trace.pruning.formats.hf import MODULE
         from redundancy_trace.weights import load_whole_model
 
@@ -127,12 +139,11 @@ class _OnDisk(_Subject):
                 f"{folder} is what trace prune --format hf wrote: a short file of code comes with it. Add "
                 "--trust-remote-code to run it."
             )
-        device = choose_device(self.settings.device)
         self._reporter.line(f"Loading {self._checkpoint.revision} …")
         return load_whole_model(
             folder,
-            device=device,
-            dtype=choose_dtype(self.settings.dtype, device),
+            device=choose_device(self.settings.device),
+            dtype=self.dtype,
             trust_remote_code=self.settings.trust_remote_code,
         )
 
@@ -169,6 +180,11 @@ class _OnDisk(_Subject):
             samples = 0  # all that the user gives
         return cut_windows(stream, samples=samples, sequence_length=length, stride=settings.stride)
 
+    def scores(self, folder: Path) -> "pl.DataFrame":
+        from redundancy_trace.pruning.planning import scores_in_run
+
+        return scores_in_run(self._checkpoint, folder)
+
 
 class _InMemory(_Subject):
     """A model that the caller has in memory."""
@@ -201,6 +217,12 @@ class _InMemory(_Subject):
         ids = self._token_ids
         return counted_sequences(np.asarray(ids.cpu() if hasattr(ids, "cpu") else ids))
 
+    def scores(self, folder: Path) -> "pl.DataFrame":
+        raise InputError(
+            f"Which of the checkpoints of {folder} a model in memory is, is not known; leave out scores, and it is "
+            "scored now."
+        )
+
 
 def run_evaluation(
     settings: EvaluationSettings, reporter: Reporter, plan: "DropPlan | None" = None
@@ -220,9 +242,11 @@ def run_evaluation(
     """
     import polars as pl
 
+    from redundancy_trace.engine import choose_device
     from redundancy_trace.loading import open_checkpoint
     from redundancy_trace.pruning.planning import check_model
 
+    choose_device(settings.device)  # refused before anything is fetched
     assert settings.model is not None  # held by the settings
     plan = plan or _plan_in(settings)
     tasks = _tasks(settings)
@@ -239,7 +263,7 @@ def run_evaluation(
             check_model(plan.model, plan.commit, checkpoint, "plan")
         subject = _OnDisk(settings, checkpoint, reporter)
         place = _place(settings, checkpoint)
-        stored = finished_evaluations(place)
+        stored = open_evaluations(place, checkpoint.model, checkpoint.commit)
         for part in _parts(subject, plan, tasks, reporter):
             identity = _identity(subject, plan, part)
             identities.append(identity)
@@ -379,12 +403,13 @@ def _curve_plans(subject: _Subject) -> "Sequence[DropPlan]":
     """Plans from the scores of a run, else from scores that are made now on the same text."""
     from redundancy_trace.engine import choose_batch_size, score_module
     from redundancy_trace.evaluation import curve_plans
-    from redundancy_trace.store import read_scores, scores_frame
+    from redundancy_trace.store import scores_frame
 
     settings = subject.settings
     orders, components = listed(settings.orders), listed(settings.curve)
     if settings.scores is not None:
-        return curve_plans(read_scores(settings.scores), subject.labels.revision, components, orders)
+        stored = subject.scores(settings.scores)
+        return curve_plans(stored, stored["revision"][0], components, orders)
     ids = subject.windows.ids
     size = choose_batch_size(settings.batch_size, ids.shape[1], len(ids))
     scores = score_module(subject.model, ids, batch_size=size)
@@ -409,16 +434,20 @@ def _tasks(settings: EvaluationSettings) -> "LoadedTasks | None":
 
 
 def _place(settings: EvaluationSettings, checkpoint: "OpenCheckpoint") -> Path:
+    """A checkpoint's own folder, if that is what the user named and no cache; else the run of its model."""
+    from redundancy_trace.loading import is_cached
     from redundancy_trace.store import ONE_FILE
 
     if settings.out is not None:
         return settings.out.expanduser()
-    if is_local(settings.model or ""):
+    folder = checkpoint.folder.resolve()
+    is_named = is_local(settings.model or "") and Path(settings.model or "").expanduser().resolve() == folder
+    if is_named and not is_cached(folder):
         return checkpoint.folder / ONE_FILE
     return Path("runs") / checkpoint.model.rsplit("/", 1)[-1]
 
 
-def _identity(subject: _Subject, plan: "DropPlan | None", part: _Part) -> str:
+def _identity(subject: _OnDisk, plan: "DropPlan | None", part: _Part) -> str:
     from redundancy_trace.evaluation.dropping import plan_hash
     from redundancy_trace.metrics import EVALUATION_METRICS
 
@@ -426,7 +455,7 @@ def _identity(subject: _Subject, plan: "DropPlan | None", part: _Part) -> str:
         {
             "commit": subject.labels.commit,
             "revision": subject.labels.revision,
-            "dtype": subject.settings.dtype,
+            "dtype": str(subject.dtype),
             "trust_remote_code": subject.settings.trust_remote_code,
             "metrics": {name: metric.version for name, metric in EVALUATION_METRICS.items()},
             "plan": None if plan is None else plan_hash(plan),

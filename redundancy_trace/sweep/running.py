@@ -11,7 +11,6 @@ from redundancy_trace.checkpoints import (
     Checkpoint,
     Listing,
     hashed,
-    is_local,
     list_checkpoints,
     listing_from_json,
     listing_to_json,
@@ -22,6 +21,7 @@ from redundancy_trace.cluster import Places, open_places
 from redundancy_trace.errors import CheckpointError, InputError, TraceError
 from redundancy_trace.fetching import sweep_out
 from redundancy_trace.hub import Hub
+from redundancy_trace.loading import DEMO_MODEL, model_label
 from redundancy_trace.locking import alone_in
 from redundancy_trace.progress import Reporter
 from redundancy_trace.settings import TraceSettings
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from redundancy_trace.store import Run
 
 DEMO_SEQUENCE_LENGTH = 128
-# The demo's model in rows, titles and the name of its run, whatever the folder in the cache is called.
-DEMO_MODEL = "demo"
 _FAILURES_TOLD = 20
 
 
@@ -89,7 +87,7 @@ def _sweep(settings: TraceSettings, reporter: Reporter, places: Places) -> Sweep
     if settings.demo:
         settings = _with_demo_defaults(settings)
     given = _plain(settings)
-    model = _model_label(settings.model)
+    model = DEMO_MODEL if settings.model is None else model_label(settings.model)
     folder = (settings.out or Path("runs") / model.rsplit("/", 1)[-1]).expanduser()
     found = store.open_run(
         folder,
@@ -225,13 +223,6 @@ def _trained_demo(reporter: Reporter) -> Path:
         reporter.training(step, steps)
 
     return demo_checkpoints(on_step=on_step)
-
-
-def _model_label(model: str | None) -> str:
-    """The model as rows name it: the repository, or the folder's own name (no reader needs an absolute path)."""
-    if model is None:
-        return DEMO_MODEL
-    return Path(model).expanduser().resolve().name if is_local(model) else model.strip()
 
 
 def _plain(settings: TraceSettings) -> dict[str, Any]:
