@@ -281,8 +281,9 @@ def _panels(grids: "_Grids", training: Literal["x", "y"], width: Width, height: 
     limits = _both_limits(grids, None, None)
     page = width == "page"
     # Without `sharex`: ticks that are shared would be dressed once for all, and the strip of layer 0 has its own.
+    bars: list[Axes] = []
     if page:
-        panels, bars = panel_row(len(grids.by_component), width, height)[1], []
+        _, panels = panel_row(len(grids.by_component), width, height)
     else:
         panels, bars = _own_column(grids, len(grids.by_component), height)
     for ax, component in zip(panels, grids.by_component, strict=True):
@@ -303,6 +304,7 @@ def _panels(grids: "_Grids", training: Literal["x", "y"], width: Width, height: 
         _colorbars(figure, panels, meshes, grids)
     _name_bars(panels[0], bars, meshes, grids)
     if grids.repeats.any():
+        place: Literal["outside upper right", "outside lower center"]
         place = "outside upper right" if page else "outside lower center"
         figure.legend(handles=[_repeats_handle()], loc=place, frameon=False, fontsize="small")
     return figure
