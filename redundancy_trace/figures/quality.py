@@ -532,7 +532,7 @@ def _loss_ticks(added: Array) -> list[float]:
     far = float(np.abs(added).max(initial=LINEAR_UP_TO))
     between = (1, 2, 5) if far < 30 * LINEAR_UP_TO else (1, 3) if far < 300 * LINEAR_UP_TO else (1,)
     decades = range(int(np.floor(np.log10(LINEAR_UP_TO))), int(np.ceil(np.log10(far))) + 1)
-    sizes = [m * 10.0**k for k in decades for m in between]
+    sizes = [float(f"{m}e{k}") for k in decades for m in between]
     return [*(-size for size in sizes[::-1]), 0.0, *sizes]
 
 
