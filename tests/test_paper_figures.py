@@ -122,7 +122,10 @@ def test_overlap_shows_every_k_with_chance(scores):
         rows = values.filter(order=order)
         np.testing.assert_array_equal(line, np.column_stack((rows["k"], rows["overlap"])))
     np.testing.assert_array_equal(ax.lines[0].get_ydata(), values.filter(order=0)["chance"])
-    assert [text.get_text() for text in ax.texts] == ["chance"]
+    (legend,) = ax.get_figure(root=True).legends
+    assert [text.get_text() for text in legend.get_texts()] == ["by chance", "reach of 95 of 100 random sets"]
+    band = ax.collections[0].get_paths()[0].vertices
+    assert band[:, 1].max() == values.filter(order=0)["chance_high"].max()
 
 
 # --- trends, several models -----------------------------------------------------------------------------------------
@@ -172,6 +175,14 @@ def test_every_calibration_is_a_row_in_the_order_of_the_frame(scores):
             pl.col("revision") == "step16", calibration=name, metric="cosine_similarity", component="mlp"
         ).sort("layer")
         np.testing.assert_array_equal(np.r_[first[row], body[row]], 1 - own["value"].to_numpy())
+    one = rt.plot_calibration(scores, component="mlp")
+    assert one.get_title() == "org/model: MLP at step16"
+    for drawn, part in zip(
+        [part for part in one.collections if isinstance(part, QuadMesh)], (body, first), strict=True
+    ):
+        np.testing.assert_array_equal(drawn.get_array(), part)
+    with pytest.raises(InputError, match=r"no importance of component 'head' in these scores\. There are: attn"):
+        rt.plot_calibration(scores, component="head")
     with pytest.raises(InputError, match="no scores of 'step5'"):
         rt.plot_calibrations(scores, revision="step5")
     apart = pl.concat([fake_scores([1], calibration="a"), fake_scores([2], calibration="b")])
@@ -220,6 +231,18 @@ def test_every_layer_is_a_point_of_size_and_direction(scores):
 
 
 # --- files and the command ------------------------------------------------------------------------------------------
+
+
+def test_a_long_name_ends_within_the_column():
+    made = fake_scores(
+        STEPS, 6, model="organisation/model-with-a-long-name-7b", names=["x" * 30 + str(k) for k in STEPS]
+    )
+    for ax in (rt.plot_drop_order(made), rt.plot_agreement(made), rt.plot_overlap(made), rt.plot_heatmap(made)):
+        figure = ax.get_figure(root=True)
+        FigureCanvasAgg(figure).draw()
+        assert figure.bbox.x0 <= ax.title.get_window_extent().x0
+        assert ax.title.get_window_extent().x1 <= figure.bbox.x1
+        assert ax.get_title().replace("\n", " ").startswith("organisation/model-with-a-long-name-7b: Attention")
 
 
 @pytest.mark.parametrize("width", ["page", "column"])

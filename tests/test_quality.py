@@ -7,6 +7,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from skipping_by_hand import logits_without
 from tiny_runs import PYDOC, token_file
 
@@ -234,6 +235,30 @@ def test_along_training_the_own_plan_and_the_same_plan_at_the_end():
     assert ax.yaxis.get_transform().linthresh == LINEAR_UP_TO
     with pytest.raises(rt.InputError, match="dropped were attn=1"):
         rt.plot_drop_along(rows, drop="attn=2")
+
+
+@pytest.mark.parametrize("draw", [
+    lambda: rt.plot_quality(curve()), lambda: rt.plot_joint(curve()), lambda: rt.plot_tradeoff(tradeoff()),
+    lambda: rt.plot_drop_along(along(), drop="attn=1"), lambda: rt.plot_qualities(curve(), width="column"),
+    lambda: rt.plot_drops_along(along(), width="column"), lambda: rt.plot_tradeoffs(tradeoff(), width="column"),
+    lambda: rt.plot_drops_along(along()), lambda: rt.plot_qualities(curve()),
+])  # fmt: skip
+def test_titles_and_legends_end_within_the_figure(draw):
+    drawn = draw()
+    figure = drawn.get_figure(root=True)
+    FigureCanvasAgg(figure).draw()
+    parts = [*figure.legends, *(ax.title for ax in figure.axes), *([figure._suptitle] if figure._suptitle else [])]
+    for part in parts:
+        box = part.get_window_extent()
+        assert figure.bbox.x0 <= box.x0, part
+        assert box.x1 <= figure.bbox.x1, part
+
+
+def test_ticks_of_added_loss_tell_more_than_its_sign():
+    own = pl.col("plan").is_null() | (pl.col("order") == "importance") & (pl.col("plan_revision") == pl.col("revision"))
+    near = along().filter(own)
+    assert {-0.01, 0, 0.01, 0.02, 0.05} <= set(rt.plot_drop_along(near, drop="attn=1").get_yticks())
+    assert {-0.01, 0, 0.01, 0.1, 0.3, 1} <= set(rt.plot_drop_along(along(), drop="attn=1").get_yticks())
 
 
 def test_a_run_that_grew_shows_each_drop_once_and_one_last_checkpoint():

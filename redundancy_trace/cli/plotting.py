@@ -69,7 +69,7 @@ def _one(
         duplicates, distances = read_duplicates(run_folder), _distances(run_folder)
         drawn += draw_figures(scores, folder, of_scores, formats, duplicates, distances, width)  # type: ignore[arg-type]
     if of_evaluations or (of_evaluations is None and holds_evaluations(run_folder)):
-        drawn += draw_evaluations(read_evaluations(run_folder), folder, of_evaluations, formats)
+        drawn += draw_evaluations(read_evaluations(run_folder), folder, of_evaluations, formats, width)  # type: ignore[arg-type]
     return drawn
 
 

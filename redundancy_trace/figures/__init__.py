@@ -44,6 +44,7 @@ from redundancy_trace.figures.distances import (
 )
 from redundancy_trace.figures.heatmaps import (
     calibration_values,
+    plot_calibration,
     plot_calibrations,
     plot_heatmap,
     plot_training_heatmaps,
@@ -95,6 +96,7 @@ __all__ = [
     "draw_models",
     "plot_agreement",
     "plot_agreements",
+    "plot_calibration",
     "plot_calibrations",
     "plot_decomposition",
     "plot_decompositions",
@@ -286,7 +288,7 @@ MODELS = "models"
 class EvaluationFigure:
     """One figure of evaluations: how it is drawn, and the numbers that it shows, one row a value."""
 
-    draw: Callable[[pl.DataFrame], Figure]
+    draw: Callable[[pl.DataFrame, Width], Figure]
     numbers: Callable[[pl.DataFrame], pl.DataFrame]
     purpose: str
     of_one_checkpoint: bool = True
@@ -303,17 +305,19 @@ class EvaluationFigure:
         )
 
 
-def _draw_joint(evaluations: pl.DataFrame) -> Figure:
-    figure = plot_joint(evaluations).get_figure(root=True)
+def _draw_joint(evaluations: pl.DataFrame, _: Width) -> Figure:
+    figure = plot_joint(evaluations).get_figure(root=True)  # one panel, which takes a column
     assert figure is not None
     return figure
 
 
 EVALUATION_FIGURES: dict[str, EvaluationFigure] = {
-    "quality": EvaluationFigure(plot_qualities, curve_values, "curve"),
+    "quality": EvaluationFigure(lambda rows, width: plot_qualities(rows, width=width), curve_values, "curve"),
     "joint": EvaluationFigure(_draw_joint, joint_values, "curve"),
-    "tradeoff": EvaluationFigure(plot_tradeoffs, tradeoff_values, "model"),
-    "drop-along": EvaluationFigure(plot_drops_along, along_values, "along", of_one_checkpoint=False),
+    "tradeoff": EvaluationFigure(lambda rows, width: plot_tradeoffs(rows, width=width), tradeoff_values, "model"),
+    "drop-along": EvaluationFigure(
+        lambda rows, width: plot_drops_along(rows, width=width), along_values, "along", of_one_checkpoint=False
+    ),
 }
 
 
@@ -394,6 +398,7 @@ def draw_evaluations(
     folder: str | Path,
     names: Iterable[str] | None = None,
     formats: Iterable[str] = ("png", "pdf"),
+    width: Width = "page",
 ) -> list[Path]:
     """Draw figures of evaluations into a folder, each with a CSV, as `draw_figures` does those of scores.
 
@@ -402,6 +407,7 @@ def draw_evaluations(
         folder: Where to write, made if need be.
         names: Keys of `EVALUATION_FIGURES`; None = all that can be drawn.
         formats: `png`, `pdf`, `svg`.
+        width: `page` or `column`.
 
     Returns:
         The pictures and, behind those of each figure, its CSV.
@@ -413,11 +419,12 @@ def draw_evaluations(
     wanted = list(EVALUATION_FIGURES if names is None else names)
     refuse_unknown("figure", wanted, EVALUATION_FIGURES)
     refuse_unknown("format", formats, FORMATS)
+    refuse_unknown("width", [width], WIDTHS)
     written: list[Path] = []
     for name in wanted:
         kind = EVALUATION_FIGURES[name]
         rows = kind.rows(evaluations)
-        draw = partial(kind.draw, rows)
+        draw = partial(kind.draw, rows, width)
         try:
             numbers = kind.numbers(rows)
         except InputError:

@@ -1,10 +1,14 @@
 """Is the order of the layers the same throughout training? Every two checkpoints, and the sets that would go first."""
 
+from typing import Any
+
 import numpy as np
 import polars as pl
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection, QuadMesh
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator
 
 from redundancy_trace.analysis import main_series, rank_agreement, topk_overlap, training_axis
@@ -31,6 +35,8 @@ from redundancy_trace.figures.training import TrainingScale, dress_training, mes
 
 # More rows and columns than dots at the printed size: of more checkpoints these many are shown.
 MOST_CHECKPOINTS = 200
+CHANCE: dict[str, Any] = {"color": "0.35", "linewidth": 0.9, "linestyle": (0, (4, 2))}
+REACH_OF_CHANCE: dict[str, Any] = {"color": "0.9", "linewidth": 0}
 COEFFICIENTS = {"spearman": "Spearman's ρ", "kendall": "Kendall's τ", "weighted_tau": "weighted τ"}
 
 
@@ -166,11 +172,14 @@ def plot_overlap(
     scale = _series_scale(main_series(scores, duplicates))
     if scale.values.size == 1:
         raise InputError("Overlap is with the last of two checkpoints or more; these scores are of one.")
-    with axes_or_new(ax, height=2.6) as on:
+    with axes_or_new(ax, height=2.8) as on:
         _draw_overlap(on, values, scale)
         on.set_title(title(scores, component_label(component)) if ax is None else component_label(component))
-        if colorbar and (figure := on.get_figure(root=True)) is not None:
+        figure = on.get_figure(root=True)
+        if colorbar and figure is not None:
             progress_bar(figure, [on], scale)
+        if ax is None and figure is not None:
+            _name_chance(figure)
         return on
 
 
@@ -196,12 +205,13 @@ def draw_overlaps(scores: pl.DataFrame, values: pl.DataFrame, duplicates: pl.Dat
     scale = _series_scale(main_series(scores, duplicates))
     components = values["component"].unique(maintain_order=True).to_list()
     with paper_style():
-        figure, panels = panel_row(len(components), width, 2.3 if width == "page" else 1.9, sharex=True, sharey=True)
+        figure, panels = panel_row(len(components), width, 2.5 if width == "page" else 1.9, sharex=True, sharey=True)
         for ax, component in zip(panels, components, strict=True):
             _draw_overlap(ax, values.filter(component=component), scale)
             ax.set_title(component_label(component))
         outer_labels(panels, width)
         progress_bar(figure, panels, scale)
+        _name_chance(figure)
         head(figure, title(scores, "the k most redundant layers, then and at the end"))
         return figure
 
@@ -217,6 +227,15 @@ def overlap_values(scores: pl.DataFrame, duplicates: pl.DataFrame | None = None)
         )
         for component in series.grids
     )
+
+
+def _name_chance(figure: Figure) -> None:
+    """What two random sets share, below the figure."""
+    handles = [
+        Line2D([], [], label="by chance", **CHANCE),
+        Patch(label="reach of 95 of 100 random sets", **REACH_OF_CHANCE),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize="small")
 
 
 def _in_series(scores: pl.DataFrame, duplicates: pl.DataFrame | None) -> pl.DataFrame:
@@ -260,16 +279,14 @@ def _draw_matrix(ax: Axes, values: pl.DataFrame, scale: TrainingScale, coefficie
 def _draw_overlap(ax: Axes, values: pl.DataFrame, scale: TrainingScale) -> None:
     first = values.filter(pl.col("order") == values["order"].min())
     k, chance = first["k"].to_numpy(), first["chance"].to_numpy()
-    ax.fill_between(k, 0, first["chance_high"].to_numpy(), color="0.9", linewidth=0, zorder=0)
-    ax.plot(k, chance, color="0.35", linewidth=0.9, linestyle=(0, (4, 2)), zorder=3)
+    ax.fill_between(k, 0, first["chance_high"].to_numpy(), zorder=0, **REACH_OF_CHANCE)
+    ax.plot(k, chance, zorder=3, **CHANCE)
     shades = progress(scale).to_rgba(scale.spread(scale.values))
     # The last is 1 everywhere; the early ones, which differ most, are drawn over the late ones.
     parts = values.partition_by("order", maintain_order=True)[-2::-1]
     lines = [np.column_stack((part["k"].to_numpy(), part["overlap"].to_numpy())) for part in parts]
     width = 0.9 if len(lines) < 40 else 0.5
     ax.add_collection(LineCollection(lines, colors=shades[[part["order"][0] for part in parts]], linewidths=width))
-    ax.annotate("chance", (k[-1] * 0.55, float(np.interp(k[-1] * 0.55, k, chance))), xytext=(4, -8),
-                textcoords="offset points", fontsize="small", color="0.35")  # fmt: skip
     ax.set_xlim(1, max(2, k[-1]))
     ax.set_ylim(0, 1.03)
     ax.xaxis.set_major_locator(FixedLocator(layer_ticks(1, int(k[-1]))))

@@ -151,10 +151,10 @@ def _limits(values: pl.DataFrame) -> tuple[Limits, Limits]:
 def _draw(ax: Axes, rows: pl.DataFrame, across: Limits, upwards: Limits) -> None:
     norm, cosine = np.meshgrid(np.geomspace(*across, 120), np.linspace(*upwards, 120))
     inside = np.clip(cosine, -1, 1)
-    lines = ax.contour(
+    ax.contour(
         norm, cosine, importance_of(norm, inside), levels=list(CONTOURS), colors="0.75", linewidths=0.5, zorder=0
     )
-    ax.clabel(lines, fontsize=5.5, colors="0.4", fmt=lambda level: f"{level:g}", inline_spacing=1)
+    _name_contours(ax, across, upwards)
     ax.axhline(0, color="0.85", linewidth=0.5, zorder=0)
     depth = max(1, int(rows["layer"].to_numpy().max()))
     shades = progress_map()(rows["layer"].to_numpy() / depth)
@@ -175,6 +175,20 @@ def _draw(ax: Axes, rows: pl.DataFrame, across: Limits, upwards: Limits) -> None
     ax.xaxis.set_minor_formatter(NullFormatter())
     ax.set_xlabel("update norm ‖update‖ / ‖X‖")
     ax.set_ylabel(LAYER_METRICS["update_cosine"].label)
+
+
+def _name_contours(ax: Axes, across: Limits, upwards: Limits) -> None:
+    """The importance of each line, where it leaves at the bottom: in the middle the labels would lie on points."""
+    norm = np.geomspace(*across, 400)
+    found = importance_of(norm, np.full(norm.size, max(-1.0, upwards[0])))
+    room = 0.05 * np.log(across[1] / across[0])
+    for level in CONTOURS:
+        # Where the cosine is near -1 importance does not grow with the norm throughout: the first crossing counts.
+        crossed = np.flatnonzero((found[:-1] < level) & (found[1:] >= level))
+        if crossed.size and room < np.log(norm[crossed[0]] / across[0]) < np.log(across[1] / across[0]) - room:
+            ax.annotate(f"{level:g}", (norm[crossed[0]], upwards[0]), xytext=(0, 2), textcoords="offset points",
+                        ha="center", fontsize=5.5, color="0.4", zorder=0.5,
+                        bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.4})  # fmt: skip
 
 
 def _depth_bar(figure: Figure, axes: list[Axes], values: pl.DataFrame) -> None:

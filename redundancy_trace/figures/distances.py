@@ -1,10 +1,13 @@
 """Block distances: how far a whole stack of layers turns the residual stream."""
 
+from typing import Any
+
 import numpy as np
 import polars as pl
 from matplotlib.axes import Axes
 from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator
 
 from redundancy_trace.analysis.frames import ordered
@@ -28,6 +31,10 @@ from redundancy_trace.figures.style import (
 from redundancy_trace.metrics import DISTANCE_METRICS
 
 MOST_CHECKPOINTS = 3
+DOT: dict[str, Any] = {
+    "marker": "o", "linestyle": "", "color": "#0072B2", "markersize": 2.4, "markeredgecolor": "white",
+    "markeredgewidth": 0.35,
+}  # fmt: skip
 
 
 def plot_distances(
@@ -57,13 +64,15 @@ def plot_distances(
         InputError: If there are no distances, or no such checkpoint or metric.
     """
     values = distance_values(distances, None if revision is None else [revision], metric)
-    with axes_or_new(ax, height=2.8) as on:
+    with axes_or_new(ax, height=3.0) as on:
         mesh = _draw(on, values, _limits(values, metric), metric)
         name = values["revision"][0]
         alone = title(distances, "blocks of layers" + at_checkpoint(distances, name, 30))
         on.set_title(alone if ax is None else plain(shortened(name, 30)))
         if colorbar and on.figure is not None:
             on.figure.colorbar(mesh, ax=on).set_label(_label(metric))
+        if ax is None and (figure := on.get_figure(root=True)) is not None:
+            _name_dots(figure)
         return on
 
 
@@ -90,13 +99,14 @@ def draw_distances(values: pl.DataFrame, metric: str, width: Width) -> Figure:
     """As `plot_distances_over_training`, of values that were computed before."""
     names = values["revision"].unique(maintain_order=True).to_list()
     with paper_style():
-        figure, panels = panel_row(len(names), width, 2.6 if width == "page" else 2.2, sharex=True, sharey=True)
+        figure, panels = panel_row(len(names), width, 2.8 if width == "page" else 2.2, sharex=True, sharey=True)
         limits = _limits(values, metric)
         for ax, name in zip(panels, names, strict=True):
             mesh = _draw(ax, values.filter(revision=name), limits, metric)
             ax.set_title(plain(shortened(name, 30)) if at_checkpoint(values, name) else "")
         outer_labels(panels, width)
         bar_beside(figure, mesh, panels).set_label(_label(metric))
+        _name_dots(figure)
         head(figure, title(values, "how far blocks of layers turn the residual stream"))
         return figure
 
@@ -164,6 +174,11 @@ def _label(metric: str) -> str:
     return {"angular_distance": "angular distance\n(share of half a turn)"}.get(metric, DISTANCE_METRICS[metric].label)
 
 
+def _name_dots(figure: Figure) -> None:
+    dot = Line2D([], [], label="block of that size that is dropped first", **{**DOT, "markersize": 3.5})
+    figure.legend(handles=[dot], loc="outside lower center", frameon=False, fontsize="small")
+
+
 def _draw(ax: Axes, values: pl.DataFrame, limits: Limits, metric: str) -> QuadMesh:
     layers, counts = values["layer"].to_numpy(), values["n_layers"].to_numpy()
     depth = int(counts.max())
@@ -174,15 +189,7 @@ def _draw(ax: Axes, values: pl.DataFrame, limits: Limits, metric: str) -> QuadMe
         *edges, np.ma.masked_invalid(cells), cmap=colour_map(DISTANCE_METRICS[metric]), vmin=limits[0], vmax=limits[1]
     )
     least = values.filter("least")
-    ax.plot(
-        least["layer"],
-        least["n_layers"],
-        "o",
-        color="#0072B2",
-        markersize=2.4,
-        markeredgecolor="white",
-        markeredgewidth=0.35,
-    )
+    ax.plot(least["layer"], least["n_layers"], **DOT)
     ax.xaxis.set_major_locator(FixedLocator(layer_ticks(0, depth - 1)))
     ax.yaxis.set_major_locator(FixedLocator(layer_ticks(1, depth)))
     ax.set_xlabel("first layer of the block")

@@ -1,7 +1,7 @@
 """Layer × training heatmaps: light = redundant, cells as wide as the checkpoints are apart."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import matplotlib as mpl
@@ -26,15 +26,16 @@ from redundancy_trace.analysis import (
 from redundancy_trace.analysis.frames import complete
 from redundancy_trace.errors import InputError
 from redundancy_trace.figures.style import (
+    COLUMN_WIDTH,
     NOT_SCORED,
     REPEATED,
     Array,
     Limits,
+    PaperAxes,
     PaperFigure,
     Width,
     arranges_colorbars,
     at_checkpoint,
-    axes_or_new,
     beyond,
     colour_limits,
     colour_map,
@@ -47,12 +48,15 @@ from redundancy_trace.figures.style import (
     panel_row,
     paper_style,
     title,
+    wrap_title,
 )
 from redundancy_trace.figures.training import TrainingScale, dress_training, mesh_columns, over_training, training_scale
 from redundancy_trace.metrics import COMPONENTS, Metric
 
 # Thickness of the strip of layer 0 and of the gap beside it, as a share of that of all other layers.
 STRIP, GAP = 0.09, 0.03
+# Inches that a colour bar below its panels is high.
+_BAR = 0.09
 REPEATS = "repeats other weights"
 
 
@@ -93,14 +97,9 @@ def plot_heatmap(
         InputError: If the metric or the component is not in the scores.
     """
     grids = _grids(scores, metric, (component,), duplicates)
-    with axes_or_new(ax, height=2.8) as on:
-        meshes = _draw(on, grids, component, training, *_both_limits(grids, limits, first_layer_limits))
-        on.set_title(title(scores, f"{component_label(component)}") if ax is None else component_label(component))
-        if grids.repeats.any():
-            _name_repeats(on, own=ax is None)
-        if colorbar and on.figure is not None:
-            _colorbars(on.figure, [on], meshes, grids)
-        return on
+    both = _both_limits(grids, limits, first_layer_limits)
+    label = component_label(component)
+    return _one(grids, component, training, both, ax, label if ax else title(scores, label), colorbar=colorbar)
 
 
 def plot_training_heatmaps(
@@ -154,27 +153,53 @@ def plot_calibrations(
     Raises:
         InputError: If the metric is not in the scores, or there is no such checkpoint.
     """
-    values = calibration_values(scores, revision, metric)
-    labels = values["calibration"].unique(maintain_order=True).to_list()
-    names = tuple("?" if label is None else str(label).rsplit("/", 1)[-1] for label in labels)
-    places = tuple(float(k) for k in range(len(names)))[::-1]
-    scale = training_scale(Axis("index", "", log=False, revisions=names[::-1], values=places[::-1]))
-    shape = (1 + int(values["layer"].to_numpy().max()), len(names))
-    grids = {}
-    for (component,), rows in values.partition_by("component", as_dict=True, maintain_order=True).items():
-        grids[str(component)] = grid = np.full(shape, np.nan)
-        columns = [len(names) - 1 - labels.index(label) for label in rows["calibration"]]
-        grid[rows["layer"].to_numpy(), columns] = rows["value"].to_numpy()
-    height = max(2.1 if width == "page" else 1.2, 0.9 + 0.16 * len(names))
+    grids, revision = _by_calibration(scores, revision, metric)
+    count = grids.scale.values.size
+    height = max(2.1 if width == "page" else 1.2, 0.9 + 0.16 * count)
     with paper_style():
-        drawn = _Grids(layer_metric(metric), scale, grids, np.zeros(len(names), dtype=np.bool_))
-        figure = _panels(drawn, "y", width, height)
-        for ax in figure.axes[: len(grids)]:
-            ax.yaxis.set_major_locator(FixedLocator(scale.values.tolist()))  # each has its name
-            ax.set_ylabel("")
-        what = f"{layer_metric(metric).name.replace('_', ' ')} by calibration"
-        head(figure, title(scores, what + at_checkpoint(scores, values["revision"][0])))
+        figure = _panels(grids, "y", width, height)
+        for ax in figure.axes[: len(grids.by_component)]:
+            _name_rows(ax, grids)
+        what = f"{grids.metric.name.replace('_', ' ')} by calibration"
+        head(figure, title(scores, what + at_checkpoint(scores, revision)))
         return figure
+
+
+def plot_calibration(
+    scores: pl.DataFrame,
+    *,
+    component: str = "attn",
+    revision: str | None = None,
+    metric: str = "importance",
+    ax: Axes | None = None,
+    colorbar: bool = True,
+) -> Axes:
+    """One component of one checkpoint on every calibration, a row each of texts and numbers of samples.
+
+    Args:
+        scores: Scores of one model on one calibration or more.
+        component: `attn`, `mlp` or `block`.
+        revision: The checkpoint; None = the last that all calibrations have.
+        metric: `importance` or a stored metric of layers.
+        ax: Where to draw; None = a new figure one column wide.
+        colorbar: Whether to draw the colour bars.
+
+    Returns:
+        The axes of layers 1 and up, which are on one colour scale; layer 0 has its own.
+
+    Raises:
+        InputError: If the metric or the component is not in the scores, or there is no such checkpoint.
+    """
+    grids, revision = _by_calibration(scores, revision, metric)
+    if component not in grids.by_component:
+        known = ", ".join(grids.by_component)
+        raise InputError(f"There is no {metric} of component {component!r} in these scores. There are: {known}.")
+    grids = replace(grids, by_component={component: grids.by_component[component]})
+    label = component_label(component)
+    name = label if ax else title(scores, label + at_checkpoint(scores, revision, 30))
+    on = _one(grids, component, "y", _both_limits(grids, None, None), ax, name, colorbar=colorbar)
+    _name_rows(on, grids)
+    return on
 
 
 def calibration_values(scores: pl.DataFrame, revision: str | None = None, metric: str = "importance") -> pl.DataFrame:
@@ -199,11 +224,68 @@ def calibration_values(scores: pl.DataFrame, revision: str | None = None, metric
     return pl.concat(shown).select(*columns, "stderr", "n_sequences", "n_tokens")
 
 
+def _by_calibration(scores: pl.DataFrame, revision: str | None, metric: str) -> tuple["_Grids", str]:
+    """Values of one checkpoint with calibrations in the place of checkpoints, the first on top, and its name."""
+    values = calibration_values(scores, revision, metric)
+    labels = values["calibration"].unique(maintain_order=True).to_list()
+    names = tuple("?" if label is None else str(label).rsplit("/", 1)[-1] for label in labels)
+    places = tuple(float(k) for k in range(len(names)))[::-1]
+    scale = training_scale(Axis("index", "", log=False, revisions=names[::-1], values=places[::-1]))
+    shape = (1 + int(values["layer"].to_numpy().max()), len(names))
+    grids = {}
+    for (component,), rows in values.partition_by("component", as_dict=True, maintain_order=True).items():
+        grids[str(component)] = grid = np.full(shape, np.nan)
+        columns = [len(names) - 1 - labels.index(label) for label in rows["calibration"]]
+        grid[rows["layer"].to_numpy(), columns] = rows["value"].to_numpy()
+    repeats = np.zeros(len(names), dtype=np.bool_)
+    return _Grids(layer_metric(metric), scale, grids, repeats), values["revision"][0]
+
+
+def _name_rows(ax: Axes, grids: "_Grids") -> None:
+    """Each calibration has its name beside its row."""
+    ax.yaxis.set_major_locator(FixedLocator(grids.scale.values.tolist()))
+    ax.set_ylabel("")
+
+
+def _one(
+    grids: "_Grids",
+    component: str,
+    training: Literal["x", "y"],
+    limits: tuple[Limits, Limits],
+    ax: Axes | None,
+    name: str,
+    *,
+    colorbar: bool,
+) -> Axes:
+    """One component under a title: on the given axes, or in a figure of its own."""
+    if ax is not None:
+        meshes = _draw(ax, grids, component, training, *limits)
+        ax.set_title(name)
+        if grids.repeats.any():
+            _name_repeats(ax, own=False)
+        if colorbar and ax.figure is not None:
+            _colorbars(ax.figure, [ax], meshes, grids)
+        return ax
+    with paper_style():
+        (on,), bars = _own_column(grids, 1, 2.8, colorbar=colorbar)
+        _name_bars(on, bars, _draw(on, grids, component, training, *limits), grids)
+        on.set_title(name)
+        wrap_title(on)
+        if grids.repeats.any():
+            _name_repeats(on, own=True)
+        return on
+
+
 def _panels(grids: "_Grids", training: Literal["x", "y"], width: Width, height: float) -> PaperFigure:
     """All components on one scale, with the labels that they share and the colour bars."""
     limits = _both_limits(grids, None, None)
+    page = width == "page"
     # Without `sharex`: ticks that are shared would be dressed once for all, and the strip of layer 0 has its own.
-    figure, panels = panel_row(len(grids.by_component), width, height)
+    bars: list[Axes] = []
+    if page:
+        _, panels = panel_row(len(grids.by_component), width, height)
+    else:
+        panels, bars = _own_column(grids, len(grids.by_component), height)
     for ax, component in zip(panels, grids.by_component, strict=True):
         meshes = _draw(ax, grids, component, training, *limits)
         ax.set_title(component_label(component))
@@ -211,15 +293,36 @@ def _panels(grids: "_Grids", training: Literal["x", "y"], width: Width, height: 
     x_label = max((ax.get_xlabel() for ax in panels), key=len)
     y_label = max((ax.get_ylabel() for ax in panels), key=len)
     for ax in panels:
-        ax.set_xlabel("")
-        ax.set_ylabel(y_label if width == "column" or ax is panels[0] else "")
-        ax.tick_params(axis="y", labelleft=width == "column" or ax is panels[0])
-        ax.tick_params(axis="x", labelbottom=width == "page" or ax is panels[-1])
-    figure.supxlabel(x_label, fontsize="medium")
-    _colorbars(figure, panels, meshes, grids)
+        ax.set_xlabel(x_label if not page and ax is panels[-1] else "")
+        ax.set_ylabel(y_label if not page or ax is panels[0] else "")
+        ax.tick_params(axis="y", labelleft=not page or ax is panels[0])
+        ax.tick_params(axis="x", labelbottom=page or ax is panels[-1])
+    figure = panels[0].get_figure(root=True)
+    assert isinstance(figure, PaperFigure)
+    if page:
+        figure.supxlabel(x_label, fontsize="medium")
+        _colorbars(figure, panels, meshes, grids)
+    _name_bars(panels[0], bars, meshes, grids)
     if grids.repeats.any():
-        figure.legend(handles=[_repeats_handle()], loc="outside upper right", frameon=False, fontsize="small")
+        place: Literal["outside upper right", "outside lower center"]
+        place = "outside upper right" if page else "outside lower center"
+        figure.legend(handles=[_repeats_handle()], loc=place, frameon=False, fontsize="small")
     return figure
+
+
+def _own_column(grids: "_Grids", count: int, height: float, *, colorbar: bool = True) -> tuple[list[Axes], list[Axes]]:
+    """Panels of a figure one column wide, one above the other, and axes for the colour bars side by side below them.
+
+    Beside the panels the bars and their labels would take half of the column.
+    """
+    parts = len(grids.parts()) if colorbar else 0
+    figure = PaperFigure(COLUMN_WIDTH, height * count + (0.2 if parts and count > 1 else 0.0))
+    grid = figure.add_gridspec(
+        count + bool(parts), parts or 1, height_ratios=[1.0] * count + [_BAR / height] * bool(parts)
+    )
+    one = {"axes_class": PaperAxes} if count == 1 else {}
+    panels = [figure.add_subplot(grid[k, :], **one) for k in range(count)]
+    return panels, [figure.add_subplot(grid[count, k]) for k in range(parts)]
 
 
 @dataclass(frozen=True)
@@ -368,6 +471,15 @@ def _colorbars(figure: Figure | SubFigure, axes: Sequence[Axes], meshes: Sequenc
             where["pad"] = (0.05, 0.3)[k]
         bar = figure.colorbar(meshes[k], extend=beyond(values, meshes[k].get_clim()), **where)
         name_colorbar(bar, label, values)
+
+
+def _name_bars(ax: Axes, bars: list[Axes], meshes: Sequence[QuadMesh], grids: _Grids) -> None:
+    """Colour bars in axes of their own below the panels; none where there are no such axes."""
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    for bar, mesh, (label, values) in zip(bars, meshes, grids.parts(), strict=False):
+        extend = beyond(values, mesh.get_clim())
+        name_colorbar(figure.colorbar(mesh, cax=bar, orientation="horizontal", extend=extend), label, values)
 
 
 def _bars_above_each_other(figure: Figure | SubFigure, ax: Axes, count: int) -> list[Axes]:

@@ -7,16 +7,21 @@ import polars as pl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from redundancy_trace.analysis import along_values, training_axis
 from redundancy_trace.errors import InputError
 from redundancy_trace.figures.style import (
+    COLUMN_WIDTH,
     COMPONENT_COLOURS,
-    PAGE_WIDTH,
+    WIDTHS,
     Array,
     PaperFigure,
+    Width,
     axes_or_new,
+    head,
+    outer_labels,
+    panel_row,
     paper_style,
     plain,
     title,
@@ -31,6 +36,7 @@ _LABELS = {**COMPONENT_LABELS, "joint": "Joint"}
 _COLOURS = {**COMPONENT_COLOURS, "joint": "#CC79A7"}
 _MARKERS = {"attn": "s", "mlp": "*"}
 _GREY = "0.55"
+_ADDED = "added loss (nats per token)"
 _FINE = (0, (1, 1.5))
 # What a speed or a cache's size depends on, beside the plan.
 _LOAD = ("batch_size", "prompt_tokens", "new_tokens", "device", "dtype")
@@ -82,13 +88,16 @@ def plot_quality(
         return on
 
 
-def plot_qualities(evaluations: pl.DataFrame, *, metric: str = "loss", dataset: str | None = None) -> Figure:
-    """Quality against number dropped, side by side for each kind of component, on one scale.
+def plot_qualities(
+    evaluations: pl.DataFrame, *, metric: str = "loss", dataset: str | None = None, width: Width = "page"
+) -> Figure:
+    """Quality against number dropped, a panel each kind of component, on one scale.
 
     Args:
         evaluations: Rows of one checkpoint, as for `plot_quality`.
         metric: What was measured.
         dataset: On what.
+        width: `page`: side by side; `column`: one above the other.
 
     Raises:
         InputError: There are no such rows, or they are of several checkpoints.
@@ -96,15 +105,12 @@ def plot_qualities(evaluations: pl.DataFrame, *, metric: str = "loss", dataset: 
     values = curve_values(evaluations, metric, dataset)
     kinds = [kind for kind in KINDS if kind in values["component"].to_list()]
     with paper_style():
-        figure = PaperFigure(PAGE_WIDTH, 2.4)
-        panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
+        figure, panels = panel_row(len(kinds), width, 2.4 if width == "page" else 1.7, sharey=True)
         for ax, kind in zip(panels, kinds, strict=True):
             plot_quality(evaluations, component=kind, metric=metric, dataset=dataset, ax=ax, legend=False)
-            if ax is not panels[0]:
-                ax.set_ylabel("")
-        handles = _order_handles("0.2", values["order"].to_list())
-        figure.legend(handles=handles, fontsize=7, frameon=False, loc="outside lower center", ncols=len(handles))
-        figure.suptitle(_titled(values, "quality against number dropped"))
+        outer_labels(panels, width)
+        _legend_below(figure, _order_handles("0.2", values["order"].to_list()))
+        head(figure, _titled(values, "quality against number dropped"))
         return figure
 
 
@@ -260,9 +266,11 @@ def plot_drop_along(evaluations: pl.DataFrame, *, drop: str, ax: Axes | None = N
         by_importance = own.filter(pl.col("order") == "importance")
         _along_line(on, scale, by_importance, color=colour, linewidth=1.1, marker="o", markersize=2.5)
         on.set_yscale("symlog", linthresh=LINEAR_UP_TO, linscale=0.6)
+        on.yaxis.set_major_locator(FixedLocator(_loss_ticks(rows["added"].to_numpy())))
         on.yaxis.set_major_formatter(FuncFormatter(lambda tick, _: f"{tick:g}"))
+        on.yaxis.set_minor_locator(NullLocator())
         dress_training(on, scale, "x")
-        on.set_ylabel("added loss (nats per token)")
+        on.set_ylabel(_ADDED)
         if legend:
             _legend(on, _along_handles(colour, one), ax)
         text = drop_label(drop)
@@ -270,14 +278,15 @@ def plot_drop_along(evaluations: pl.DataFrame, *, drop: str, ax: Axes | None = N
         return on
 
 
-def plot_drops_along(evaluations: pl.DataFrame) -> Figure:
-    """Every kind of drop along a training, side by side on one scale.
+def plot_drops_along(evaluations: pl.DataFrame, *, width: Width = "page") -> Figure:
+    """Every kind of drop along a training, a panel each, on one scale.
 
     Args:
         evaluations: Rows of a run, as `trace eval --along` stores them.
+        width: `page`: three side by side; `column`: one above the other.
 
     Returns:
-        A figure as wide as a two-column page.
+        The figure.
 
     Raises:
         InputError: There are no such rows.
@@ -285,49 +294,52 @@ def plot_drops_along(evaluations: pl.DataFrame) -> Figure:
     rows = along_values(evaluations)
     drops = rows["plan"].unique(maintain_order=True).to_list()
     with paper_style():
-        columns = min(3, len(drops))
+        columns = min(3 if width == "page" else 1, len(drops))
         lines = -(-len(drops) // columns)
-        figure = PaperFigure(PAGE_WIDTH, 0.5 + 1.9 * lines)
+        figure = PaperFigure(WIDTHS[width], 0.5 + (1.9 if width == "page" else 1.5) * lines)
         panels = figure.subplots(lines, columns, sharey=True, sharex=True, squeeze=False).ravel()
         for ax, drop in zip(panels, drops, strict=False):
             plot_drop_along(evaluations, drop=drop, ax=ax, legend=False)
         for place, ax in enumerate(panels):
-            if place % columns:
+            if place % columns or width == "column":
                 ax.set_ylabel("")
             if place + columns < len(drops):
                 ax.set_xlabel("")
             elif place < len(drops):
                 ax.tick_params(labelbottom=True)
+        if width == "column":
+            figure.supylabel(_ADDED, fontsize="medium")  # one label is longer than a panel is high
         for ax in panels[len(drops) :]:
             ax.set_axis_off()
         handles = _along_handles("0.2", rows)
         if len(drops) < panels.size:
             panels[-1].legend(handles=handles, fontsize=7, frameon=False, loc="center")
         else:
-            figure.legend(handles=handles, fontsize=7, frameon=False, loc="outside lower center", ncols=len(handles))
-        figure.suptitle(title(evaluations, f"what dropping adds to the loss on {plain(rows['dataset'][0])}"))
+            _legend_below(figure, handles)
+        head(figure, title(evaluations, f"what dropping adds to the loss on {plain(rows['dataset'][0])}"))
         return figure
 
 
-def plot_tradeoffs(evaluations: pl.DataFrame) -> Figure:
-    """Speed and memory against the loss, side by side.
+def plot_tradeoffs(evaluations: pl.DataFrame, *, width: Width = "page") -> Figure:
+    """Speed and memory against the loss.
 
     Args:
         evaluations: Rows of one checkpoint, as for `plot_tradeoff`.
+        width: `page`: side by side; `column`: one above the other.
 
     Raises:
         InputError: There are no such rows.
     """
     with paper_style():
-        figure = PaperFigure(PAGE_WIDTH, 2.6)
-        left, right = figure.subplots(1, 2, sharey=True)
-        plot_tradeoff(evaluations, against="speed", ax=left)
-        plot_tradeoff(evaluations, against="memory", ax=right)
-        right.set_ylabel("")
-        if (legend := right.get_legend()) is not None:
+        figure, (first, second) = panel_row(2, width, 2.6 if width == "page" else 2.2, sharey=True)
+        plot_tradeoff(evaluations, against="speed", ax=first)
+        plot_tradeoff(evaluations, against="memory", ax=second)
+        if width == "page":
+            second.set_ylabel("")
+        if (legend := second.get_legend()) is not None:
             legend.remove()
         rows = tradeoff_values(evaluations, LOSS.name, None)
-        figure.suptitle(_titled(rows, "what dropping gains and costs"))
+        head(figure, _titled(rows, "what dropping gains and costs"))
         return figure
 
 
@@ -496,7 +508,7 @@ def _order_handles(colour: str, orders: list[str | None]) -> list[Line2D]:
 def _along_handles(colour: str, rows: pl.DataFrame) -> list[Line2D]:
     handles = [Line2D([], [], color=colour, linewidth=1.1, marker="o", markersize=2.5, label="own plan, by importance")]
     if "last" in rows["applied"].to_list():
-        label = "this plan on the last checkpoint"
+        label = "this plan on the last"
         handles.append(Line2D([], [], color=colour, linestyle=(0, (4, 2)), linewidth=0.9, label=label))
     return handles + _baseline_handles(colour, rows["order"].to_list())
 
@@ -506,13 +518,22 @@ def _baseline_handles(colour: str, orders: list[str | None]) -> list[Line2D]:
     if "deepest" in orders:
         handles.append(Line2D([], [], color=colour, linestyle=":", linewidth=0.9, label="deepest first"))
     if "random" in orders:
-        handles.append(Line2D([], [], color=_GREY, linewidth=0.8, label="random: mean (band: all seeds)"))
+        handles.append(Line2D([], [], color=_GREY, linewidth=0.8, label="random (band: all seeds)"))
     return handles
 
 
 def _along_line(ax: Axes, scale: TrainingScale, rows: pl.DataFrame, **style: object) -> None:
     rows = rows.sort("position_order")
     ax.plot(scale.values[rows["position_order"].to_numpy()], rows["added"].to_numpy(), **style)  # type: ignore[arg-type]
+
+
+def _loss_ticks(added: Array) -> list[float]:
+    """0 and, on either side, the decades; with what lies between them where they are few."""
+    far = float(np.abs(added).max(initial=LINEAR_UP_TO))
+    between = (1, 2, 5) if far < 30 * LINEAR_UP_TO else (1, 3) if far < 300 * LINEAR_UP_TO else (1,)
+    decades = range(int(np.floor(np.log10(LINEAR_UP_TO))), int(np.ceil(np.log10(far))) + 1)
+    sizes = [float(f"{m}e{k}") for k in decades for m in between]
+    return [*(-size for size in sizes[::-1]), 0.0, *sizes]
 
 
 def _scale(rows: pl.DataFrame) -> TrainingScale:
@@ -528,10 +549,16 @@ def _legend(ax: Axes, handles: list[Line2D], given: Axes | None) -> None:
     """Explain the lines: below a figure of our own, else where axes of the caller's have room."""
     figure = ax.get_figure(root=True)
     if given is None and figure is not None:
-        columns = 2 if len(handles) == 4 else 3
-        figure.legend(handles=handles, fontsize=6.5, frameon=False, loc="outside lower center", ncols=columns)
+        _legend_below(figure, handles)
     else:
         ax.legend(handles=handles, fontsize=6.5, frameon=False, loc="best", handlelength=2.2)
+
+
+def _legend_below(figure: Figure, handles: list[Line2D]) -> None:
+    """All on one line below a page; in a column as many side by side as fit."""
+    columns = len(handles) if figure.get_figwidth() > COLUMN_WIDTH else 2
+    figure.legend(handles=handles, fontsize=6.5, frameon=False, loc="outside lower center", ncols=columns,
+                  handlelength=2.2, columnspacing=1.2)  # fmt: skip
 
 
 def _titled(rows: pl.DataFrame, text: str) -> str:

@@ -34,6 +34,8 @@ WIDTHS: dict[str, float] = {"page": PAGE_WIDTH, "column": COLUMN_WIDTH}
 # Colours that stay apart in print and for the colour-blind (Okabe and Ito).
 COMPONENT_COLOURS = {"attn": "#0072B2", "mlp": "#D55E00", "block": "#009E73"}
 _SCREEN_DPI = 100
+# Of a title above axes that fill a column together with their labels and a colour bar.
+_TITLE_CHARACTERS = 42
 # Height over width of a colour bar beside one axes.
 _BAR_ASPECT = 20.0
 STYLE: dict[str, Any] = {
@@ -107,8 +109,12 @@ def panel_row(count: int, width: Width, height: float, **sharing: Any) -> tuple[
 
 def head(figure: Figure, text: str) -> None:
     """The title of a figure, on as many lines as it needs at its width."""
-    room = int(figure.get_figwidth() / 0.078)
-    figure.suptitle("\n".join(textwrap.wrap(text, room, break_long_words=False)))
+    figure.suptitle(wrapped(text, int(figure.get_figwidth() / 0.078)))
+
+
+def wrapped(text: str, most: int) -> str:
+    """Text on lines of so many characters; a word that is longer has a line of its own."""
+    return "\n".join(textwrap.wrap(text, most, break_long_words=False))
 
 
 def bar_beside(figure: Figure, drawn: ScalarMappable, axes: list[Axes]) -> Colorbar:
@@ -138,9 +144,20 @@ class PaperAxes(Axes):
 
 @contextmanager
 def axes_or_new(ax: Axes | None, height: float) -> Iterator[Axes]:
-    """The given axes as they are, or new ones in a figure of their own, one column wide, in the paper's style."""
+    """The given axes as they are, or new ones in a figure of their own, one column wide, in the paper's style.
+
+    The title of new ones, which names the model, is set on as many lines as it needs.
+    """
     with paper_style() if ax is None else nullcontext():
-        yield ax or PaperFigure(COLUMN_WIDTH, height).add_subplot(axes_class=PaperAxes)
+        on = ax or PaperFigure(COLUMN_WIDTH, height).add_subplot(axes_class=PaperAxes)
+        yield on
+        if ax is None:
+            wrap_title(on)
+
+
+def wrap_title(ax: Axes) -> None:
+    """Break the title of axes that are as wide as a column, so that it ends within it."""
+    ax.set_title(wrapped(ax.get_title(), _TITLE_CHARACTERS))
 
 
 def arranges_colorbars(ax: Axes) -> bool:
@@ -231,7 +248,7 @@ def beyond(values: Array, limits: Limits) -> Literal["neither", "min", "max", "b
 
 
 def name_colorbar(bar: Colorbar, label: str, values: Array) -> None:
-    """Label a vertical colour bar; its arrows are explained by the values that they stand for."""
+    """Label a colour bar; its arrows are explained by the values that they stand for."""
     values = values[np.isfinite(values)]
     ends = {"min": ("min",), "max": ("max",), "both": ("min", "max")}.get(bar.extend, ())
     reach = [f"{values.min() if end == 'min' else values.max():.2g}" for end in ends]
@@ -270,11 +287,11 @@ def layer_ticks(first: int, last: int, count: int = 8) -> list[int]:
 
     Example:
         >>> layer_ticks(1, 31)
-        [4, 8, 12, 16, 20, 24, 28, 31]
+        [4, 8, 12, 16, 20, 24, 31]
     """
     stride = next(s for s in (1, 2, 4, 5, 8, 10, 16, 20, 25, 50, 100, 1000) if (last - first) / s < count)
     ticks = [layer for layer in range(first, last + 1) if layer % stride == 0]
-    while ticks and 0 < last - ticks[-1] < 0.6 * stride:
+    while ticks and 0 < last - ticks[-1] < 0.8 * stride:
         ticks.pop()
     return ticks if ticks and ticks[-1] == last else [*ticks, last]
 
