@@ -1,7 +1,9 @@
 """`trace eval --curve`, and the figures of what dropping costs: the losses behind them, and what is drawn of them."""
 
 import shutil
+from contextlib import redirect_stdout
 from dataclasses import replace
+from io import StringIO
 
 import numpy as np
 import polars as pl
@@ -31,7 +33,11 @@ def measured(tiny_run, tmp_path_factory):
     folder = shutil.copytree(tiny_run / "checkpoint-8", tmp_path_factory.mktemp("curve") / "model")
     text = token_file(folder.parent / "ids.npy")
     given = ["eval", str(folder), "--curve", "attn,mlp,block,joint", "--text", text, "--quiet"]
-    assert cli.run(given) == 0
+    with redirect_stdout(StringIO()) as printed:
+        assert cli.run(given) == 0
+    heading, _, *lines = printed.getvalue().splitlines()
+    assert heading.endswith(", by importance / random (mean) / deepest first:")
+    assert lines[3].split()[4:6] == ["/", "–"], "deepest first never drops all three attentions"
     return folder, torch.from_numpy(np.load(folder.parent / "ids.npy"))
 
 

@@ -119,11 +119,13 @@ def _print_curve(result: "EvaluationResult") -> None:
     planned = losses.filter(pl.col("plan").is_not_null())
     kinds = [kind for kind in CURVES if kind in planned["component"].to_list()]
     whole = losses.filter(pl.col("plan").is_null())["value"][0]
-    typer.echo(f"Loss in nats per token of {_checkpoint(first)} on {first['dataset']}, {_ORDERS}:")
+    orders = _orders(planned)
+    typer.echo(f"Loss in nats per token of {_checkpoint(first)} on {first['dataset']}, {_told(orders)}:")
     lines = [["0", *(f"{whole:.3f}" for _ in kinds)]]
     for count in sorted(planned["n_dropped"].unique()):
         at = planned.filter(pl.col("n_dropped") == count)
-        lines.append([str(count), *(_by_order(at.filter(pl.col("component") == kind), "{:.3f}") for kind in kinds)])
+        cells = (at.filter(pl.col("component") == kind) for kind in kinds)
+        lines.append([str(count), *(_by_order(cell, orders, "{:.3f}") for cell in cells)])
     print_table(["dropped", *kinds], lines)
     typer.echo(f"Stored in {result.place}")
 
@@ -136,27 +138,39 @@ def _print_along(result: "EvaluationResult") -> None:
     values = along_values(rows)
     first = rows.row(0, named=True)
     drops = values["plan"].unique(maintain_order=True).to_list()
+    orders = _orders(values)
     baseline = rows.filter(rows["plan"].is_null())
     typer.echo(
-        f"Loss in nats per token of {first['model']} on {first['dataset']}, and what dropping adds, {_ORDERS}; behind "
-        "the arrow what this checkpoint's plan adds on the last one:"
+        f"Loss in nats per token of {first['model']} on {first['dataset']}, and what dropping adds, {_told(orders)}; "
+        "behind the arrow what this checkpoint's plan by importance adds on the last one:"
     )
     lines = []
     for revision, loss in baseline.select("revision", "value").iter_rows():
         at = values.filter(values["revision"] == revision)
-        lines.append([revision, f"{loss:.3f}", *(_along_cell(at.filter(at["plan"] == drop)) for drop in drops)])
+        lines.append([revision, f"{loss:.3f}", *(_along_cell(at.filter(at["plan"] == drop), orders) for drop in drops)])
     print_table(["checkpoint", "loss", *drops], lines)
 
 
-_ORDERS = "by importance / random (mean) / deepest first"
+_ORDERS = {"importance": "by importance", "random": "random (mean)", "deepest": "deepest first"}
 
 
-def _along_cell(at: "pl.DataFrame") -> str:
+def _orders(rows: "pl.DataFrame") -> list[str]:
+    return [order for order in _ORDERS if order in rows["order"].to_list()]
+
+
+def _told(orders: list[str]) -> str:
+    return " / ".join(_ORDERS[order] for order in orders)
+
+
+def _along_cell(at: "pl.DataFrame", orders: list[str]) -> str:
     own = at.filter(at["applied"] == "own").with_columns(value="added")
     last = at.filter(at["applied"] == "last")["added"]
-    return _by_order(own, "{:+.3f}") + (f" → {last[0]:+.3f}" if len(last) else "")
+    return _by_order(own, orders, "{:+.3f}") + (f" → {last[0]:+.3f}" if len(last) else "")
 
 
-def _by_order(at: "pl.DataFrame", form: str) -> str:
-    means = [at.filter(at["order"] == order)["value"].mean() for order in ("importance", "random", "deepest")]
-    return " / ".join(form.format(mean) for mean in means if mean is not None)
+def _by_order(at: "pl.DataFrame", orders: list[str], form: str) -> str:
+    """A value for each order, in their order; of one that cannot go so far, a dash."""
+    if at.is_empty():
+        return ""
+    means = [at.filter(at["order"] == order)["value"].mean() for order in orders]
+    return " / ".join("–" if mean is None else form.format(mean) for mean in means)
