@@ -210,6 +210,8 @@ def test_an_export_is_measured_like_any_folder(checkpoint, plan, tmp_path, capsy
         (["DIR", "--orders", "deepest"], ["--orders is of use with --along or --curve only"]),
         (["DIR", "--shots", "2"], ["--shots is of use with --tasks only"]),
         (["DIR", "--new-tokens", "65", "--measure", "speed"], ["--new-tokens 65", "64 positions"]),
+        (["VLLM"], ["export for vLLM", "--model someone/else --revision r --plan", "for-vllm/drop_plan.json"]),
+        (["LLAMA"], ["export for llama.cpp"]),
         (["RUN"], ["is a run of tiny-run, not a model", "trace eval --along", "--model /", "/tiny-run --revision"]),
         (["DIR", "--out", "DIR/config.json"], ["config.json"]),
     ],
@@ -225,7 +227,11 @@ def test_what_cannot_be_used_is_refused(arguments, words, checkpoint, run, tiny_
     names = {"OTHER": "other.json", "LAYERS": "layers.json", "RUN_OF_MODELS": tiny_run, "DIR": checkpoint}
     np.save(tmp_path / "ids.npy", np.full((2, 8), 899))
     (tmp_path / "short.txt").write_text("Too short.")
-    names |= {"SHORT": "short.txt", "RUN": run}
+    for name, file in (("for-vllm", "config.json"), ("for-llama", "model.gguf")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).write_text(json.dumps({"model_type": "nemotron-nas"}))
+        (tmp_path / name / "drop_plan.json").write_text(json.dumps(plan))
+    names |= {"SHORT": "short.txt", "RUN": run, "VLLM": "for-vllm", "LLAMA": "for-llama"}
     names = {name: tmp_path / file for name, file in names.items()} | {"IDS": f"tokens:{tmp_path / 'ids.npy'}"}
     given = [names[one] if one in names else one.replace("DIR", str(checkpoint)) for one in arguments]
     before = sorted(path.name for path in checkpoint.iterdir())

@@ -129,6 +129,7 @@ def _check(model: Any, load: Load) -> None:
 
 def positions_in(config: Any) -> int | None:
     """The longest sequence that a model of this configuration takes, in tokens; None where it has no limit."""
+    config = config.get_text_config(decoder=True)
     found = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
     return found if isinstance(found, int) and found > 0 else None
 

@@ -1,8 +1,8 @@
 """The sweep over a model's checkpoints, and evaluations of them. The only part that knows the order of the work.
 
 `running` goes from list to figures; `planning` tells what it takes, `calibrating` finds the run's token ids, `tasks`
-what is left to do, `pipeline` fetches and scores it; `evaluating` measures one checkpoint, `along` those of a run;
-`calls` are the same from Python.
+what is left to do, `pipeline` fetches and scores it; `evaluating` measures one checkpoint (`subjects`: on disk or in
+memory; `folders`: what cannot be), `along` those of a run; `calls` are the same from Python.
 """
 
 from redundancy_trace.sweep.calls import (

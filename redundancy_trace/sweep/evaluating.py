@@ -4,14 +4,12 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from redundancy_trace.checkpoints import is_local
-from redundancy_trace.errors import InputError
 from redundancy_trace.progress import Reporter
 from redundancy_trace.settings import EvaluationSettings, listed
 from redundancy_trace.store import (
@@ -23,19 +21,17 @@ from redundancy_trace.store import (
     read_evaluations,
     write_evaluations,
 )
+from redundancy_trace.sweep.folders import check_measurable
+from redundancy_trace.sweep.subjects import InMemory, OnDisk, Subject
 
 if TYPE_CHECKING:
     import polars as pl
-    import torch
 
-    from redundancy_trace.evaluation import Load, Windows
+    from redundancy_trace.evaluation import Windows
     from redundancy_trace.evaluation.tasks import LoadedTasks
     from redundancy_trace.loading import OpenCheckpoint
     from redundancy_trace.pruning import DropPlan
     from redundancy_trace.store import Purpose
-
-DEFAULT_SAMPLES = 64
-DEFAULT_LENGTH = 512
 
 
 @dataclass(frozen=True)
@@ -70,172 +66,6 @@ class _Part:
     repeats: bool = True  # a stored number would come out again
 
 
-class _Subject:
-    """What is measured; text and speed settings follow from the model and the user's settings."""
-
-    def __init__(self, settings: EvaluationSettings, labels: Labels) -> None:
-        self.settings = settings
-        self.labels = labels
-
-    @property
-    def model(self) -> Any:
-        """The model in memory."""
-        raise NotImplementedError
-
-    @property
-    def tokenizer(self) -> Any:
-        """Its tokenizer."""
-        raise NotImplementedError
-
-    @property
-    def windows(self) -> "Windows":
-        """The text."""
-        raise NotImplementedError
-
-    def scores(self, folder: Path) -> "pl.DataFrame":
-        """What a run folder has of its scores."""
-        raise NotImplementedError
-
-    @property
-    def positions(self) -> int | None:
-        """The longest sequence that the model takes; None where it has no limit."""
-        from redundancy_trace.evaluation import positions_in
-
-        return positions_in(self.model.config)
-
-    @property
-    def load(self) -> "Load":
-        """What is generated while time and memory are measured."""
-        from redundancy_trace.evaluation import Load
-
-        room = (self.positions or 2 * DEFAULT_LENGTH) - self.settings.new_tokens
-        prompt = self.settings.prompt_tokens or max(1, min(DEFAULT_LENGTH, room))
-        return Load(self.settings.speed_batch, prompt, self.settings.new_tokens, self.settings.rounds)
-
-
-class _OnDisk(_Subject):
-    """A checkpoint; model, tokenizer and text are loaded when they are asked for."""
-
-    def __init__(self, settings: EvaluationSettings, checkpoint: "OpenCheckpoint", reporter: Reporter) -> None:
-        super().__init__(settings, _labels(checkpoint))
-        self._checkpoint = checkpoint
-        self._reporter = reporter
-
-    @cached_property
-    def dtype(self) -> "torch.dtype":
-        """What it is computed in."""
-        from redundancy_trace.engine import choose_device, choose_dtype
-
-        return choose_dtype(self.settings.dtype, choose_device(self.settings.device))
-
-    @cached_property
-    def model(self) -> Any:
-        from redundancy_trace.engine import choose_device
-        from redundancy_trace.pruning.formats.hf import MODULE
-        from redundancy_trace.weights import load_whole_model
-
-        folder = self._checkpoint.folder
-        if not self.settings.trust_remote_code and (folder / f"{MODULE}.py").is_file():
-            raise InputError(
-                f"{folder} is what trace prune --format hf wrote: a short file of code comes with it. Add "
-                "--trust-remote-code to run it."
-            )
-        self._reporter.line(f"Loading {self._checkpoint.revision} …")
-        return load_whole_model(
-            folder,
-            device=choose_device(self.settings.device),
-            dtype=self.dtype,
-            trust_remote_code=self.settings.trust_remote_code,
-        )
-
-    @cached_property
-    def positions(self) -> int | None:  # of the config: a text that does not fit is refused before the model is loaded
-        from redundancy_trace.evaluation import positions_in
-        from redundancy_trace.weights import read_config
-
-        return positions_in(read_config(self._checkpoint.folder, trust_remote_code=self.settings.trust_remote_code))
-
-    @cached_property
-    def tokenizer(self) -> Any:
-        return self._checkpoint.tokenizer(self.settings.tokenizer)
-
-    @cached_property
-    def windows(self) -> "Windows":
-        from redundancy_trace.calibration import load_stream
-        from redundancy_trace.evaluation import cut_windows, text_errors, tokens_needed
-
-        settings, checkpoint = self.settings, self._checkpoint
-        local = is_local(settings.model or "") or settings.offline
-        name = settings.text or ("pydoc" if local else "c4")
-        samples = DEFAULT_SAMPLES if settings.samples is None else settings.samples
-        length = settings.sequence_length
-        stored = name.startswith("tokens:")
-        if length is None and not stored:
-            length = min(DEFAULT_LENGTH, self.positions or DEFAULT_LENGTH)
-        if length is not None and self.positions is not None and length > self.positions:
-            raise InputError(
-                f"--sequence-length {length} is more than the model's {self.positions:,} positions; give at most that."
-            )
-        most = (
-            None if length is None else tokens_needed(samples=samples, sequence_length=length, stride=settings.stride)
-        )
-        with text_errors():
-            stream = load_stream(
-                name,
-                at_most=most,
-                tokenizer=settings.tokenizer,
-                candidates=checkpoint.tokenizers,
-                hub=checkpoint.hub,
-                trust_remote_code=settings.trust_remote_code,
-            )
-        if stored and settings.samples is None:
-            samples = 0  # all that the user gives
-        return cut_windows(stream, samples=samples, sequence_length=length, stride=settings.stride)
-
-    def scores(self, folder: Path) -> "pl.DataFrame":
-        from redundancy_trace.pruning.planning import scores_in_run
-
-        return scores_in_run(self._checkpoint, folder)
-
-
-class _InMemory(_Subject):
-    """A model that the caller has in memory."""
-
-    def __init__(self, settings: EvaluationSettings, model: Any, token_ids: Any, tokenizer: Any) -> None:
-        name = type(model).__name__
-        super().__init__(settings, Labels(model=name, revision=name))
-        self._model, self._token_ids, self._tokenizer = model, token_ids, tokenizer
-
-    @property
-    def model(self) -> Any:
-        return self._model
-
-    @property
-    def tokenizer(self) -> Any:
-        if self._tokenizer is None:
-            raise InputError("Tasks of a model in memory need its tokenizer: evaluate(model, tokenizer=…, tasks=…).")
-        return self._tokenizer
-
-    @property
-    def windows(self) -> "Windows":
-        import numpy as np
-
-        from redundancy_trace.evaluation import counted_sequences
-
-        if self._token_ids is None:
-            raise InputError(
-                "The loss of a model in memory needs text: evaluate(model, token_ids=…), integers of shape (W, T)."
-            )
-        ids = self._token_ids
-        return counted_sequences(np.asarray(ids.cpu() if hasattr(ids, "cpu") else ids))
-
-    def scores(self, folder: Path) -> "pl.DataFrame":
-        raise InputError(
-            f"Which of the checkpoints of {folder} a model in memory is, is not known; leave out scores, and it is "
-            "scored now."
-        )
-
-
 def run_evaluation(
     settings: EvaluationSettings, reporter: Reporter, plan: "DropPlan | None" = None
 ) -> EvaluationResult:
@@ -260,7 +90,9 @@ def run_evaluation(
 
     choose_device(settings.device)  # refused before anything is fetched
     assert settings.model is not None  # held by the settings
-    _check_no_run(settings.model)
+    if is_local(settings.model):
+        named = Path(settings.model).expanduser()
+        check_measurable(named, trust_remote_code=settings.trust_remote_code)
     plan = plan or _plan_in(settings)
     tasks = _tasks(settings)
     kept = measured = 0
@@ -274,7 +106,7 @@ def run_evaluation(
     ) as checkpoint:
         if plan is not None:
             check_model(plan.model, plan.commit, checkpoint, "plan")
-        subject = _OnDisk(settings, checkpoint, reporter)
+        subject = OnDisk(settings, checkpoint, reporter)
         place = _place(settings, checkpoint)
         stored = open_evaluations(place, checkpoint.model, checkpoint.commit)
         for part in _parts(subject, plan, tasks, reporter):
@@ -296,21 +128,6 @@ def run_evaluation(
         here, _figure_names(settings, plan), (place.parent if place.suffix == ".parquet" else place) / "figures"
     )
     return EvaluationResult(place, rows, measured, kept, {}, tuple(figures))
-
-
-def _check_no_run(model: str) -> None:
-    """Refuse a run folder in place of a model."""
-    from redundancy_trace.store import read_run
-
-    run = read_run(Path(model).expanduser()) if is_local(model) else None
-    if run is not None:
-        known = run.model
-        with suppress(OSError, ValueError, KeyError, TypeError):  # of checkpoints on disk, where they are
-            known = json.loads((run.folder / "listing.json").read_text(encoding="utf-8"))["model"]
-        raise InputError(
-            f"{model} is a run of {run.model}, not a model. trace eval --along {model} measures what dropping costs at "
-            f"its checkpoints; trace eval --model {known} --revision … --out {model} measures one of them."
-        )
 
 
 def _of_checkpoint(rows: "pl.DataFrame", labels: Labels) -> "pl.DataFrame":
@@ -349,7 +166,7 @@ def evaluate_in_memory(
     import polars as pl
 
     plan = plan or _plan_in(settings)
-    subject = _InMemory(settings, model, token_ids, tokenizer)
+    subject = InMemory(settings, model, token_ids, tokenizer)
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -377,7 +194,7 @@ def windows_facts(windows: "Windows") -> dict[str, Any]:
 
 
 def _parts(
-    subject: _Subject, plan: "DropPlan | None", tasks: "LoadedTasks | None", reporter: Reporter
+    subject: Subject, plan: "DropPlan | None", tasks: "LoadedTasks | None", reporter: Reporter
 ) -> Iterator[_Part]:
     """What is asked for, in order; nothing is loaded before a part is reached."""
     from redundancy_trace.evaluation import curve_rows, loss_rows, speed_rows, task_rows
@@ -427,7 +244,7 @@ def _parts(
         yield _Part(", ".join(listed(settings.tasks)), "model", facts, asked)
 
 
-def _curve_plans(subject: _Subject) -> "Sequence[DropPlan]":
+def _curve_plans(subject: Subject) -> "Sequence[DropPlan]":
     """Plans from the scores of a run, else from scores that are made now on the same text."""
     from redundancy_trace.engine import choose_batch_size, score_module
     from redundancy_trace.evaluation import curve_plans
@@ -475,7 +292,7 @@ def _place(settings: EvaluationSettings, checkpoint: "OpenCheckpoint") -> Path:
     return Path("runs") / checkpoint.model.rsplit("/", 1)[-1]
 
 
-def _identity(subject: _OnDisk, plan: "DropPlan | None", part: _Part) -> str:
+def _identity(subject: OnDisk, plan: "DropPlan | None", part: _Part) -> str:
     from redundancy_trace.evaluation.dropping import plan_hash
     from redundancy_trace.metrics import EVALUATION_METRICS
 
@@ -490,14 +307,4 @@ def _identity(subject: _OnDisk, plan: "DropPlan | None", part: _Part) -> str:
             "part": part.name,
             **part.facts,
         }
-    )
-
-
-def _labels(checkpoint: "OpenCheckpoint") -> Labels:
-    placed = ("kind", "stage", "ingredient", "seed", "step", "tokens")
-    return Labels(
-        model=checkpoint.model,
-        revision=checkpoint.revision,
-        commit=checkpoint.commit,
-        **{name: getattr(checkpoint.listed, name) for name in placed},
     )
