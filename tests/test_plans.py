@@ -110,6 +110,7 @@ def test_consecutive_blocks_are_chosen_by_the_gap_that_they_leave():
         ({"joint": "100%"}, "all 4 blocks would be dropped"),
         ({"names": "block:0,block:1,block:2,attn:3,mlp:3"}, "All 4 blocks would be dropped"),
         ({"attn": 5}, "there are only 4"),
+        ({"attn": "101%"}, "there are only 4"),
         ({"attn": 4, "order": "deepest"}, r"3 can be dropped at most \(the last layer is kept\)"),
         ({"attn": 0}, "Ask for at least one"),
         ({"attn": "1%"}, "that is none of 4"),
@@ -178,6 +179,7 @@ def test_plan_is_read_back_as_it_was_written(tmp_path):
         ({"components": [{"component": "attn", "layer": "1"}]}, "names no layer"),
         ({"components": [{"component": "attn", "layer": 4}]}, "no layer 4"),
         ({"components": [{"component": "attn", "layer": 1, "importance": "low"}]}, "no number"),
+        ({"components": [{"component": "attn", "layer": 1, "importance": float("nan")}]}, "no number"),
     ],
 )
 def test_plans_that_are_none_are_refused(tmp_path, change, message):

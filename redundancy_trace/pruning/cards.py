@@ -57,7 +57,13 @@ class Effect:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Parameters, and bytes of keys and values that a token takes, of the whole model and of the pruned one."""
+    """What a drop saves.
+
+    Attributes:
+        parameters: Of the whole model, and of the export.
+        cache_bytes: Bytes of keys and values that a token takes, likewise.
+        dtype: In which the cache was measured.
+    """
 
     parameters: tuple[int, int]
     cache_bytes: tuple[float, float]
@@ -66,6 +72,8 @@ class Sizes:
     def told(self) -> str:
         """The sizes in a line."""
         (whole, left), (held, rest) = self.parameters, self.cache_bytes
+        if (left, rest) == (whole, held):
+            return f"{whole:,} parameters, keys and values of a token {held:,.0f} bytes ({self.dtype}), all as before"
         return (
             f"{whole:,} parameters, {left:,} after the drop; keys and values of a token {held:,.0f} bytes, {rest:,.0f} "
             f"after ({self.dtype})"

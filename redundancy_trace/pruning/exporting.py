@@ -1,9 +1,11 @@
 """One checkpoint pruned and exported: planned, written, proven in a fresh process, and only then there."""
 
+import glob
 import shutil
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +17,8 @@ from redundancy_trace.pruning.cards import Effect, Sizes, model_card
 from redundancy_trace.pruning.planning import Text, plan_for, text_of
 from redundancy_trace.pruning.plans import DropPlan
 from redundancy_trace.pruning.proving import Proof, Reference, probe, proof_dtype, reference_of
-from redundancy_trace.writing import part_of
+from redundancy_trace.settings import DTYPES, parse_bytes
+from redundancy_trace.writing import PART, STRAY_AFTER_SECONDS, part_of
 
 if TYPE_CHECKING:
     from redundancy_trace.pruning.sources import Source
@@ -112,19 +115,24 @@ def prune(
             it (what could is told), an `out` that is there.
         CheckpointError: The checkpoint cannot be used, or the proof failed; nothing is left behind.
     """
-    from redundancy_trace.settings import parse_bytes
+    from redundancy_trace.engine import choose_device
+    from redundancy_trace.pruning.sources import open_source
 
     say = on_line or (lambda _: None)
     if format not in FORMATS:
         like = nearest(format, FORMATS, count=1)
         hint = f" Did you mean {like[0]}?" if like else ""
         raise InputError(f"--format {format!r} is none of {', '.join(FORMATS)}.{hint}")
+    if dtype not in DTYPES:
+        raise InputError(f"--dtype is {dtype!r}; known: {', '.join(DTYPES)}.")
+    choose_device(device)
     target = Path(out).expanduser()
     if target.exists() or target.is_symlink():
         raise InputError(f"--out {target} is there already; name a new folder.")
     if (drop is None) == (plan is None):
         raise InputError("Either --drop or --plan says what to drop, such as --drop attn=8.")
     most = parse_bytes(shard_size)
+    written = import_module(f"redundancy_trace.pruning.formats.{format.replace('-', '_')}")
     where: dict[str, Any] = {"trust_remote_code": trust_remote_code, "endpoint": endpoint, "offline": offline}
     with open_checkpoint(model, revision, **where) as checkpoint:
         text = text_of(
@@ -135,17 +143,30 @@ def prune(
             sequence_length=sequence_length,
             tokenizer=tokenizer,
         )
+        source = open_source(checkpoint.folder, trust_remote_code=trust_remote_code)
         chosen = plan_for(
-            checkpoint, drop=drop, plan=plan, order=order, scores=scores, text=text, device=device, dtype=dtype, say=say
+            checkpoint,
+            len(source.layers),
+            drop=drop,
+            plan=plan,
+            order=order,
+            scores=scores,
+            text=text,
+            device=device,
+            dtype=dtype,
+            say=say,
         )
         say(chosen.told())
-        return _exported(checkpoint, chosen, format, target, text, tokenizer, device, dtype, most, say)
+        written.check(source, chosen)
+        return _exported(checkpoint, source, chosen, format, written, target, text, tokenizer, device, dtype, most, say)
 
 
 def _exported(
     checkpoint: OpenCheckpoint,
+    source: "Source",
     plan: DropPlan,
     form: str,
+    written: Any,
     target: Path,
     text: Text,
     tokenizer: str | None,
@@ -154,24 +175,21 @@ def _exported(
     shard_bytes: int,
     say: OnLine,
 ) -> PruneResult:
-    from redundancy_trace.pruning.sources import open_source
-
-    written = import_module(f"redundancy_trace.pruning.formats.{form.replace('-', '_')}")
-    source = open_source(checkpoint.folder, trust_remote_code=checkpoint.trust_remote_code)
-    written.check(source, plan)
-    effect = _effect(source, checkpoint, plan, text, device, dtype, say) if text.known or text.is_used else None
-    say("Computing what the drop in place computes …")
-    reference, sizes = _reference(source, checkpoint, plan, in_float32=form in _NEED_FLOAT32)
     part = part_of(target)
     with ExitStack() as undo:
         undo.callback(shutil.rmtree, part, ignore_errors=True)
         # Below a name of its own kind: loaders make module names of the folder's.
         inside = part / "export"
         try:
+            _remove_strays(target)
             inside.mkdir(parents=True)
+            # First of all: a tokenizer or room that is missing is told before anything is computed.
             say(f"Writing {form} …")
             _write_beside(checkpoint, inside, tokenizer, say)
             written.write(source, plan, inside, shard_bytes, None)
+            effect = _effect(source, checkpoint, plan, text, device, dtype, say) if text.known or text.is_used else None
+            say("Computing what the drop in place computes …")
+            whole, reference = _references(source, checkpoint, plan, in_float32=form in _NEED_FLOAT32)
             say("Proving it in a fresh process …")
             proof = written.prove(inside, reference)
             if not proof.holds:
@@ -179,6 +197,9 @@ def _exported(
                     f"The export does not compute what the drop in place does, and is deleted: {proof.told()}. Use "
                     "--format hf or zeroed, and please open an issue with the model's config.json."
                 )
+            sizes = Sizes(
+                (whole.n_parameters, proof.n_parameters), (whole.cache_bytes, proof.cache_bytes), reference.dtype
+            )
             card = model_card(plan, checkpoint.model, checkpoint.commit, form, proof, sizes, effect)
             (inside / "README.md").write_text(card, encoding="utf-8")
             plan.write(inside / "drop_plan.json")
@@ -186,6 +207,17 @@ def _exported(
         except OSError as error:
             raise InputError(f"--out {target} cannot be written: {error.strerror or error}.") from error
     return PruneResult(target, form, plan, checkpoint.commit, proof, sizes, effect)
+
+
+def _remove_strays(target: Path) -> None:
+    """Delete what killed processes left of the same export; what was written to within the hour may be in use."""
+    for stray in target.parent.glob(f".{glob.escape(target.name)}.*{PART}"):
+        try:
+            newest = max(path.stat().st_mtime for path in (stray, *stray.rglob("*")))
+        except OSError:
+            continue  # gone meanwhile
+        if time.time() - newest > STRAY_AFTER_SECONDS:
+            shutil.rmtree(stray, ignore_errors=True)
 
 
 def _effect(
@@ -210,10 +242,10 @@ def _effect(
     return Effect(text.label, n_tokens, before, after, str(compute).removeprefix("torch."))
 
 
-def _reference(
+def _references(
     source: "Source", checkpoint: OpenCheckpoint, plan: DropPlan, *, in_float32: bool
-) -> tuple[Reference, Sizes]:
-    """What the drop in place computes on the CPU, and sizes before and after.
+) -> tuple[Reference, Reference]:
+    """What the model computes on the CPU, whole and with the drop in place.
 
     Args:
         source: The checkpoint, as its headers tell.
@@ -238,13 +270,8 @@ def _reference(
         model, dtype = widen_(model), torch.float32
     config = model.config
     positions = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
-    ids, prompt = probe(model.get_input_embeddings().weight.shape[0], positions if isinstance(positions, int) else None)
-    whole = reference_of(model, ids, prompt, dtype, new_tokens=1)
-    reference = reference_of(drop_(model, plan), ids, prompt, dtype)
-    sizes = Sizes(
-        (whole.n_parameters, reference.n_parameters), (whole.cache_bytes, reference.cache_bytes), reference.dtype
-    )
-    return reference, sizes
+    asked = probe(model.get_input_embeddings().weight.shape[0], positions if isinstance(positions, int) else None)
+    return reference_of(model, replace(asked, new_tokens=1), dtype), reference_of(drop_(model, plan), asked, dtype)
 
 
 def _write_beside(checkpoint: OpenCheckpoint, folder: Path, tokenizer: str | None, say: OnLine) -> None:

@@ -11,6 +11,7 @@ from redundancy_trace.pruning.selecting import (
     Candidate,
     DropSpec,
     candidates,
+    check_iterative,
     importance_of,
     number_of,
     ranking,
@@ -32,8 +33,7 @@ def drop_one_by_one(spec: DropSpec, model: Any, token_ids: Any) -> tuple[Dropped
     from redundancy_trace.blocks.dropping import drop_layers_
     from redundancy_trace.engine import choose_batch_size, score_module
 
-    if spec.named:
-        raise InputError(f"--drop {spec.text} names the components itself; leave out --order iterative.")
+    check_iterative(spec)
     ids = np.asarray(token_ids.cpu() if hasattr(token_ids, "cpu") else token_ids)
     n_layers = len(find_layers(model)[1])
     left: list[Candidate] = candidates(spec, n_layers)

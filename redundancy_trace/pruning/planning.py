@@ -10,7 +10,7 @@ from redundancy_trace.calibration import load_calibration, token_hash
 from redundancy_trace.errors import InputError
 from redundancy_trace.loading import OpenCheckpoint
 from redundancy_trace.pruning.plans import DropPlan, read_plan
-from redundancy_trace.pruning.selecting import choose, parse_spec, plan_drop
+from redundancy_trace.pruning.selecting import check_request, choose, parse_spec, plan_drop
 
 if TYPE_CHECKING:
     import numpy as np
@@ -92,6 +92,7 @@ def text_of(
 
 def plan_for(
     checkpoint: OpenCheckpoint,
+    n_layers: int,
     *,
     drop: str | None,
     plan: DropPlan | str | Path | None,
@@ -115,16 +116,13 @@ def plan_for(
         check_model(given.model, given.commit, checkpoint, "plan")
         return given
     assert drop is not None
+    spec = parse_spec(drop)
+    check_request(spec, order, n_layers)
     if order == "iterative":
         return _iterative(checkpoint, drop, text, device, dtype, say)
     if scores is not None:
         return _from_run(checkpoint, drop, order, scores)
-    spec = parse_spec(drop)
-    if spec.named or (spec.below is None and order.startswith(("random:", "deepest"))):
-        from redundancy_trace.weights import read_config
-
-        config = read_config(checkpoint.folder, trust_remote_code=checkpoint.trust_remote_code)
-        n_layers = config.num_hidden_layers
+    if spec.named or order.startswith(("random:", "deepest")):
         kept = "named" if spec.named else order
         return DropPlan(
             checkpoint.model, checkpoint.revision, checkpoint.commit, None, None, spec.text, kept, n_layers,

@@ -1,6 +1,7 @@
 """What a drop plan is: which components of one checkpoint go, in which order, and why. A small JSON."""
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -150,7 +151,7 @@ def _component_from_json(held: Any) -> DroppedComponent:
     layer, importance = held.get("layer"), held.get("importance")
     if not isinstance(layer, int) or isinstance(layer, bool):
         raise InputError(f"{held!r} names no layer.")
-    if importance is not None and not isinstance(importance, (int, float)):
+    if importance is not None and not (isinstance(importance, (int, float)) and math.isfinite(importance)):
         raise InputError(f"{held!r} has an importance that is no number.")
     return DroppedComponent(held["component"], layer, importance)
 

@@ -25,12 +25,26 @@ _SHARE_OF_MEMORY = 0.5
 
 
 @dataclass(frozen=True)
-class Reference:
-    """What the drop in place computes, and on what.
+class Probe:
+    """What two models are compared on.
 
     Attributes:
         ids: Token ids, shape (N, T).
         prompt: Where greedy decoding starts, shape (1, P).
+        new_tokens: How many are decoded.
+    """
+
+    ids: np.ndarray
+    prompt: np.ndarray
+    new_tokens: int
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the drop in place computes, and on what.
+
+    Attributes:
+        probe: On what.
         logits: Shape (N, T, V), float32.
         tokens: Greedily decoded with a cache, shape (new,).
         dtype: What it was computed in.
@@ -38,8 +52,7 @@ class Reference:
         cache_bytes: Bytes of keys and values of one token, in that dtype.
     """
 
-    ids: np.ndarray
-    prompt: np.ndarray
+    probe: Probe
     logits: np.ndarray
     tokens: np.ndarray
     dtype: str
@@ -58,6 +71,8 @@ class Proof:
         tolerance: What is allowed.
         equal_tokens: Greedily decoded tokens that are the same, from the first on; None where nothing was decoded.
         n_tokens: How many were decoded.
+        n_parameters: Of the export, as the engine holds it.
+        cache_bytes: Bytes of keys and values that a token takes there, in the dtype of the reference.
         note: What else is to be known.
         parted_at_a_tie: Whether the first other token was as likely, within the tolerance.
     """
@@ -68,6 +83,8 @@ class Proof:
     tolerance: float
     equal_tokens: int | None
     n_tokens: int
+    n_parameters: int
+    cache_bytes: float
     note: str = ""
     parted_at_a_tie: bool = False
 
@@ -94,23 +111,25 @@ def proof_dtype(n_parameters: int, stored: torch.dtype) -> torch.dtype:
     return torch.float32 if 4 * n_parameters < _SHARE_OF_MEMORY * psutil.virtual_memory().available else stored
 
 
-def probe(vocabulary: int, positions: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids to compare on, shape (N, T), and a prompt, shape (1, P), that fit a model."""
-    room = positions or PROBE_TOKENS
-    length = max(2, min(PROBE_TOKENS, room))
-    draw = np.random.default_rng(_SEED)
-    ids = draw.integers(0, vocabulary, (PROBE_SEQUENCES, length))
-    return ids, ids[:1, : max(1, min(PROMPT_TOKENS, room - NEW_TOKENS))]
+def probe(vocabulary: int, positions: int | None) -> Probe:
+    """What to compare on, random, so that it fits a model of so many tokens and positions.
+
+    Example:
+        >>> small = probe(100, 20)
+        >>> small.ids.shape, small.prompt.shape, small.new_tokens
+        ((2, 20), (1, 1), 19)
+    """
+    room = max(2, positions or PROBE_TOKENS)
+    ids = np.random.default_rng(_SEED).integers(0, vocabulary, (PROBE_SEQUENCES, min(PROBE_TOKENS, room)))
+    prompt = ids[:1, : max(1, min(PROMPT_TOKENS, room - NEW_TOKENS))]
+    return Probe(ids, prompt, min(NEW_TOKENS, room - prompt.shape[1]))
 
 
-def reference_of(
-    model: Any, ids: np.ndarray, prompt: np.ndarray, dtype: torch.dtype, *, new_tokens: int = NEW_TOKENS
-) -> Reference:
+def reference_of(model: Any, asked: Probe, dtype: torch.dtype) -> Reference:
     """What a model in memory computes on a probe, in a dtype that may be wider than that of its weights."""
-    found = reload.computed(model, ids, prompt, new_tokens)
+    found = reload.computed(model, asked.ids, asked.prompt, asked.new_tokens)
     return Reference(
-        ids=ids,
-        prompt=prompt,
+        probe=asked,
         logits=found["logits"],
         tokens=found["tokens"],
         dtype=str(dtype).removeprefix("torch."),
@@ -139,7 +158,17 @@ def compared(
     error = error if np.isfinite(error) else float("inf")
     same = answer["tokens"] == reference.tokens
     equal = len(same) if same.all() else int(np.argmin(same))
-    return Proof(engine, "largest difference of logits, relative,", error, tolerance, equal, len(same), note)
+    return Proof(
+        engine=engine,
+        what="largest difference of logits, relative,",
+        error=error,
+        tolerance=tolerance,
+        equal_tokens=equal,
+        n_tokens=len(same),
+        n_parameters=int(answer["n_parameters"]),
+        cache_bytes=float(answer["cache_bytes"]),
+        note=note,
+    )
 
 
 def ask_fresh_process(script: Path, folder: Path, reference: Reference, *arguments: str) -> dict[str, np.ndarray]:
@@ -150,7 +179,8 @@ def ask_fresh_process(script: Path, folder: Path, reference: Reference, *argumen
     """
     with tempfile.TemporaryDirectory(prefix="redundancy-trace-") as work:
         request, answer = Path(work) / "request.npz", Path(work) / "answer.npz"
-        np.savez(request, ids=reference.ids, prompt=reference.prompt, new_tokens=len(reference.tokens))
+        asked: dict[str, Any] = vars(reference.probe)
+        np.savez(request, **asked)
         done = subprocess.run(
             # Without the script's own folder on the path: nothing of this package may help.
             [sys.executable, "-P", str(script), str(folder.absolute()), str(request), str(answer), *arguments],

@@ -199,6 +199,37 @@ def choose(
     return tuple(DroppedComponent(name, layer, importance.get((name, layer))) for name, layer in ranked[:count])
 
 
+def check_request(spec: DropSpec, order: str, n_layers: int) -> None:
+    """Refuse what no scores of a model of so many layers make possible, before it is scored.
+
+    Raises:
+        InputError: As `plan_drop`.
+    """
+    if order == "consecutive":
+        _check_consecutive(spec)
+    elif order == "iterative":
+        check_iterative(spec)
+    elif spec.below is None or order != "importance":
+        choose(spec, order, n_layers, {(name, layer): 0.0 for name in COMPONENTS for layer in range(n_layers)})
+    if spec.wanted is not None and spec.below is None:
+        number_of(spec, n_layers)
+
+
+def check_iterative(spec: DropSpec) -> None:
+    """Refuse names where what goes is found by scoring again.
+
+    Raises:
+        InputError: Components are named.
+    """
+    if spec.named:
+        raise InputError(f"--drop {spec.text} names the components itself; leave out --order iterative.")
+
+
+def _check_consecutive(spec: DropSpec) -> None:
+    if spec.wanted != "block" or spec.below is not None:
+        raise InputError(f"--order consecutive takes a number or share of blocks, such as block=4, not {spec.text}.")
+
+
 def candidates(spec: DropSpec, n_layers: int) -> list[Candidate]:
     """All components that a spec may mean, by layer, attention before MLP."""
     kinds: tuple[Component, ...]
@@ -233,7 +264,7 @@ def number_of(spec: DropSpec, n_layers: int) -> int:
     assert count is not None
     if count < 1:
         raise InputError(f"--drop {spec.text}: that is none of {total}. Ask for at least one.")
-    if count > total:
+    if count > total or (spec.share or 0) > 1:
         raise InputError(f"--drop {spec.text}: there are only {total} ({n_layers} layers). Ask for fewer.")
     if count == total and spec.wanted in ("block", "joint"):
         raise InputError(
@@ -333,8 +364,7 @@ def _consecutive(spec: DropSpec, n_layers: int, gaps: dict[tuple[int, int], floa
 
     The code published with the paper reads the column of the gap n + 1 here.
     """
-    if spec.wanted != "block" or spec.below is not None:
-        raise InputError(f"--order consecutive takes a number or share of blocks, such as block=4, not {spec.text}.")
+    _check_consecutive(spec)
     count = number_of(spec, n_layers)
     starts = [i for i in range(n_layers - count + 1) if (i, i + count) in gaps]
     if len(starts) < n_layers - count + 1:

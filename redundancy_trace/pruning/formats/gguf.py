@@ -24,9 +24,10 @@ from redundancy_trace.pruning.proving import Proof, Reference, ask_fresh_process
 from redundancy_trace.pruning.sources import Source
 
 FILE = "model.gguf"
-TOLERANCE = 0.02  # of a log-probability, in float32: the order of sums is another one
+TOLERANCE = 1e-4  # of the largest logit, in float32: the order of sums is another one
 _TWIN = "float32.gguf"
 _ROWS = 4096  # that are compared at a time
+_ROPE = "rope_freqs.weight"
 _EMPTY_MLP = 32  # the narrowest width that every kernel takes
 _OUTSIDE = {
     "model.embed_tokens.weight": "token_embd.weight",
@@ -69,6 +70,8 @@ def check(source: Source, plan: DropPlan) -> None:
     llama_shape(source, "gguf")
     rope_factors(source)
     source.parts(plan)
+    if all("attn" in kept.lost for kept in kept_layers(plan)):
+        raise InputError("llama.cpp takes no model without any attention. Keep one, or use --format hf or zeroed.")
     for package in ("gguf", "xllamacpp"):
         try:
             __import__(package)
@@ -123,31 +126,38 @@ def prove(folder: Path, reference: Reference) -> Proof:
 
 def _asked(file: Path, reference: Reference, cut: list[list[int]]) -> Proof:
     """What llama.cpp computes of a file, against the drop in place."""
+    import gguf
+
+    held = gguf.GGUFReader(file)
+    heads, width = (held.fields[f"deci.attention.{name}"].contents() for name in ("head_count_kv", "key_length"))
     answer = ask_fresh_process(Path(gguf_reload.__file__), file, reference, *_TEXTS)
     logits = torch.from_numpy(reference.logits[0]).double()
     expected = torch.log_softmax(logits, dim=-1).numpy()[answer["lengths"] - 1]
     found = np.take_along_axis(expected, answer["top_ids"], axis=-1)
-    error = float(np.abs(found - answer["top_logprobs"]).max())
+    largest = float(np.abs(reference.logits[0]).max())
+    error = float(np.abs(found - answer["top_logprobs"]).max()) / largest
     same_cut = all(ids == answer[f"text{index}"].tolist() for index, ids in enumerate(cut))
     equal = reference.tokens == answer["tokens"]
     place = len(equal) if equal.all() else int(np.argmin(equal))
     return Proof(
         engine="llama.cpp",
-        what="largest difference of the ten likeliest tokens' log-probabilities",
+        what="largest difference of the ten likeliest tokens' log-probabilities, relative to the largest logit,",
         error=error if same_cut and np.isfinite(error) else float("inf"),
         tolerance=TOLERANCE,
         equal_tokens=place,
         n_tokens=len(equal),
+        n_parameters=sum(int(tensor.n_elements) for tensor in held.tensors if tensor.name != _ROPE),
+        cache_bytes=2.0 * sum(heads) * width * getattr(torch, reference.dtype).itemsize,
         note="" if same_cut else "it cuts text into other tokens than the tokenizer",
-        parted_at_a_tie=place < len(equal) and _is_tied(answer, reference, place),
+        parted_at_a_tie=place < len(equal) and _is_tied(answer, reference, place, TOLERANCE * largest),
     )
 
 
-def _is_tied(answer: dict[str, np.ndarray], reference: Reference, place: int) -> bool:
-    """Whether the token that was decoded at a place is as likely as the one that should have been, within tolerance."""
+def _is_tied(answer: dict[str, np.ndarray], reference: Reference, place: int, tolerance: float) -> bool:
+    """Whether the token that was decoded at a place is as likely as the one that should have been."""
     ids, logprobs = answer["step_ids"][place], answer["step_logprobs"][place]
     wanted, found = (logprobs[ids == token] for token in (reference.tokens[place], answer["tokens"][place]))
-    return len(wanted) == len(found) == 1 and bool(abs(found[0] - wanted[0]) <= TOLERANCE)
+    return len(wanted) == len(found) == 1 and bool(abs(found[0] - wanted[0]) <= tolerance)
 
 
 def _check_twin(file: Path, twin: Path) -> None:
@@ -227,7 +237,7 @@ def _tensors(source: Source, plan: DropPlan, shape: LlamaShape) -> dict[str, _Te
             add(name, parameter)
     _, factors = rope_factors(source)
     if factors is not None:
-        found["rope_freqs.weight"] = _Tensor(tuple(factors.shape), torch.float32, lambda: factors)
+        found[_ROPE] = _Tensor(tuple(factors.shape), torch.float32, lambda: factors)
     heads = {"self_attn.q_proj": shape.heads, "self_attn.k_proj": shape.kv_heads}
     for kept in kept_layers(plan):
         for parameter in stored:

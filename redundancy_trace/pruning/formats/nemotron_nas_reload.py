@@ -83,12 +83,19 @@ def main(folder: str, request: str, answer: str, dtype: str) -> None:
     asked = np.load(request)
     given, cache, tokens = torch.from_numpy(asked["prompt"]), None, []
     with torch.no_grad():
-        logits = model(input_ids=torch.from_numpy(asked["ids"]), use_cache=True).logits
+        whole = model(input_ids=torch.from_numpy(asked["ids"]), use_cache=True)
         for _ in range(int(asked["new_tokens"])):
             output = model(input_ids=given, cache=cache, use_cache=True)
             given, cache = output.logits[:, -1:].argmax(dim=-1), output.cache
             tokens.append(int(given))
-    np.savez(answer, logits=logits.float().numpy(), tokens=np.array(tokens))
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in whole.cache.layers if layer.keys is not None)
+    np.savez(
+        answer,
+        logits=whole.logits.float().numpy(),
+        tokens=np.array(tokens),
+        n_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        cache_bytes=held / asked["ids"].size,
+    )
 
 
 if __name__ == "__main__":
