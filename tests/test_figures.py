@@ -225,6 +225,8 @@ def test_titles_of_one_checkpoint_name_it():
     assert plot_training_heatmaps(one).get_suptitle() == "org/model: importance at step143000"
     assert plot_depths(one).get_suptitle() == "org/model: cosine similarity over depth at step143000"
     assert plot_loss(one).get_title() == "org/model: loss at step143000"
+    named = fake_scores([7], names=["model"], model="model")
+    assert plot_training_heatmaps(named).get_suptitle() == "model: importance", "a name is told once"
     assert plot_loss(fake_scores([0, 1])).get_title() == "org/model: loss over training"
 
 

@@ -14,8 +14,8 @@ from redundancy_trace.store import SCORE_SCHEMA
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-# Of pip, git, pytest and sbatch.
-OTHERS = {"--dist", "--no-deps", "--index-url", "--array", "--wrap"}
+# Of pip, git, pytest, sbatch and python -m figures.
+OTHERS = {"--dist", "--no-deps", "--index-url", "--array", "--wrap", "--mpl-generate-path", "--redraw"}
 COMMANDS = [command.name for command in app.registered_commands]
 
 

@@ -18,9 +18,11 @@ from playwright.sync_api import Browser, Page, sync_playwright
 import redundancy_trace as rt
 from redundancy_trace import cli
 from redundancy_trace.errors import InputError
+from redundancy_trace.figures.style import agreement_map
 from redundancy_trace.report import words
 from redundancy_trace.report.curves import costs
 from redundancy_trace.report.gathering import gather
+from redundancy_trace.report.pictures import _agreement
 from redundancy_trace.report.reproducing import commands
 from redundancy_trace.settings import TraceSettings
 from redundancy_trace.store import EVALUATION_SCHEMA, read_scores, write_evaluations, write_json
@@ -132,6 +134,15 @@ def test_the_words_hold_the_numbers_of_the_statistics(run):
         f"in {below[0]:.0%} of the layers at the first checkpoint and {below[-1]:.0%}" in texts["Attention against MLP"]
     )
     assert "5 checkpoints, from step0 to" in words.lead(gather(run)) or "6 checkpoints" in words.lead(gather(run))
+
+
+def test_agreement_has_the_colours_of_the_figure(run):
+    maps = {}
+    shown = _agreement(gather(run), maps)
+    assert list(maps) == [shown["map"]] == [agreement_map().name]
+    kept = rt.leave_out_duplicates(read_scores(run), rt.read_duplicates(run))
+    lowest = min(rt.rank_agreement(kept, name)["spearman"].min() for name in ("attn", "mlp", "block"))
+    assert shown["low"] == min(0, lowest)
 
 
 def test_published_orders_of_the_model_are_held_against_it(tmp_path):

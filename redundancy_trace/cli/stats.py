@@ -61,7 +61,7 @@ def _print_stats(stats: "TrainingStats") -> None:
     _print_head(stats)
     _print_checkpoints(stats, components)
     _print_trends(stats, components)
-    _print_calibrations(stats)
+    _print_calibrations(stats, components)
     typer.echo("\nWhat others found, asked of this run:")
     for check in stats.checks:
         typer.echo(f"{check.answer:9}  {check.question}\n{'':9}  {check.figure}")
@@ -117,59 +117,71 @@ def _print_checkpoints(stats: "TrainingStats", components: list[str]) -> None:
 
 
 def _print_trends(stats: "TrainingStats", components: list[str]) -> None:
+    """From the first checkpoint to the last, or of the one that there is."""
+    several = stats.series.checkpoints.height > 1
     trends = {(row["component"], row["layers"]): row for row in stats.trends.to_dicts()}
-    onsets = {name: stats.onset(name) for name in components}
-    rows = [["most redundant quarter settled from", *((onsets[name] or {}).get("revision", "") for name in components)]]
-    if any(one and one["low"] is not None for one in onsets.values()):
-        rows.append(["  at the earliest, at the latest", *(_onset_band(onsets[name]) for name in components)])
+    rows = _onset_rows(stats, components) if several else []
     for layers, what in (("all", "all layers"), ("inner", "without the first and last layer")):
         found = [trends[name, layers] for name in components]
         if all(one["first"] is None for one in found):
             continue
-        rows.append([f"mean importance, {what}", *(_from_to(one["first"], one["last"]) for one in found)])
+        rows.append(
+            [f"mean importance, {what}", *(_from_to(one["first"], one["last"], several=several) for one in found)]
+        )
         if any(one["slope"] is not None for one in found):
             per = next(one["per"] for one in found)
             per = {"tokens": "tokens", "step": "steps"}[per]
             rows.append([f"  per tenfold of {per}", *(_banded(one, "slope", "+#.2g") for one in found)])
-        rows.append(["  Spearman with training", *(_banded(one, "spearman", ".2f") for one in found)])
+        if several:
+            rows.append(["  Spearman with training", *(_banded(one, "spearman", ".2f") for one in found)])
     for statistic, what in (("first_layer", "layer 0"), ("last_layer", "last layer")):
         ends = [_ends(stats.curves, name, statistic) for name in components]
         if any(one is not None for one in ends):
-            rows.append(
-                [f"{what} ÷ median of the inner ones", *("" if one is None else _from_to(*one) for one in ends)]
-            )
-    typer.echo("\nOver training, first → last (in brackets what the standard errors leave open, 95 %):")
+            cells = ["" if one is None else _from_to(*one, several=several) for one in ends]
+            rows.append([f"{what} ÷ median of the inner ones", *cells])
+    if several:
+        typer.echo("\nOver training, first → last (in brackets what the standard errors leave open, 95 %):")
+    else:
+        typer.echo("\nOf this checkpoint:")
     print_table(["", *components], rows)
 
 
-def _print_calibrations(stats: "TrainingStats") -> None:
+def _onset_rows(stats: "TrainingStats", components: list[str]) -> list[list[str]]:
+    """From when on the most redundant quarter is that of the last checkpoint."""
+    onsets = {name: stats.onset(name) for name in components}
+    rows = [["most redundant quarter settled from", *((onsets[name] or {}).get("revision", "") for name in components)]]
+    if any(one and one["low"] is not None for one in onsets.values()):
+        rows.append(["  at the earliest, at the latest", *(_onset_band(onsets[name]) for name in components)])
+    return rows
+
+
+def _print_calibrations(stats: "TrainingStats", components: list[str]) -> None:
+    """One line a pair of calibrations."""
     if stats.calibrations.is_empty():
         return
     import polars as pl
 
+    k = max(stats.calibrations["k"].to_list())
     typer.echo(
-        "\nHow far the order depends on the calibration (mean over checkpoints; shared = of the most redundant):"
+        "\nHow far the order depends on the calibration: Spearman of the layers' order, and how many of the most "
+        f"redundant\nquarter ({k}) are shared (means over checkpoints):"
     )
-    keys = ["calibration", "other_calibration", "component"]
-    means = stats.calibrations.group_by(keys, maintain_order=True).agg(
-        pl.col("spearman", "shared", "overlap", "chance").mean(), pl.col("k").first(), pl.len()
+    keys = ["calibration", "other_calibration"]
+    means = stats.calibrations.group_by([*keys, "component"], maintain_order=True).agg(
+        pl.col("spearman", "shared", "chance").mean(), pl.len()
     )
-    print_table(
-        ["name", "name", "checkpoints", "component", "Spearman", "shared", "overlap", "by chance"],
-        [
-            [
-                row["calibration"],
-                row["other_calibration"],
-                number(row["len"]),
-                row["component"],
-                _decimal(row["spearman"]),
-                f"{row['shared']:.1f} of {row['k']}",
-                _decimal(row["overlap"]),
-                _decimal(row["chance"]),
-            ]
-            for row in means.to_dicts()
-        ],
-    )
+    lines = []
+    for pair in means.select(keys).unique(maintain_order=True).iter_rows():
+        found = {
+            row["component"]: row for row in means.filter(calibration=pair[0], other_calibration=pair[1]).to_dicts()
+        }
+        lines.append([
+            *map(str, pair),
+            number(max(row["len"] for row in found.values())),
+            *(_decimal(found[name]["spearman"]) if name in found else "" for name in components),
+            *(f"{found[name]['shared']:.3g}" if name in found else "" for name in components),
+        ])  # fmt: skip
+    print_table(["name", "name", "checkpoints", *components, *(f"{name} shared" for name in components)], lines)
 
 
 def _print_published(stats: "TrainingStats") -> None:
@@ -197,8 +209,10 @@ def _onset_band(onset: dict[str, Any] | None) -> str:
     return f"{onset['low']}, {onset['high']}" if onset and onset["low"] is not None else ""
 
 
-def _from_to(first: float | None, last: float | None) -> str:
-    return "" if first is None or last is None else f"{first:.3g} → {last:.3g}"
+def _from_to(first: float | None, last: float | None, *, several: bool) -> str:
+    if first is None or last is None:
+        return ""
+    return f"{first:.3g} → {last:.3g}" if several else f"{last:.3g}"
 
 
 def _banded(row: dict[str, Any], name: str, form: str) -> str:

@@ -69,7 +69,7 @@ from redundancy_trace.figures.quality import (
     plot_tradeoffs,
     tradeoff_values,
 )
-from redundancy_trace.figures.style import FORMATS, WIDTHS, PaperFigure, Width, paper_style, title
+from redundancy_trace.figures.style import FORMATS, WIDTHS, PaperFigure, Width, head, paper_style, title
 from redundancy_trace.figures.training import over_training, training_scale
 from redundancy_trace.figures.trends import (
     model_values,
@@ -149,11 +149,13 @@ class FigureKind:
         draw: Given what is stored, the numbers and the width.
         numbers: Refuses what the figure cannot be drawn of.
         shows: What is seen, in a line.
+        of_one: Whether there is something to see of one checkpoint alone.
     """
 
     draw: Callable[[Stored, pl.DataFrame, Width], Figure]
     numbers: Callable[[Stored], pl.DataFrame]
     shows: str
+    of_one: bool = True
 
 
 def _metric_numbers(metric: str, stored: Stored, *, shows_gaps: bool = False) -> pl.DataFrame:
@@ -189,8 +191,8 @@ def _loss_figure(stored: Stored, _: pl.DataFrame, width: Width) -> Figure:
     with paper_style():
         figure = PaperFigure(WIDTHS[width], 2.2)
         scores = _kept(stored)
-        ax = plot_loss(scores, ax=figure.add_subplot())
-        ax.set_title(title(scores, over_training(training_scale(training_axis(scores)), "loss")))
+        plot_loss(scores, ax=figure.add_subplot()).set_title("")
+        head(figure, title(scores, over_training(scores, training_scale(training_axis(scores)), "loss")))
         return figure
 
 
@@ -236,11 +238,13 @@ FIGURES: dict[str, FigureKind] = {
         _loss_figure,
         lambda stored: _metric_numbers(LOSS.name, stored),
         "loss on the calibration tokens over training",
+        of_one=False,
     ),
     "trends": FigureKind(
         lambda stored, _, width: trends_figure(stored.scores, stored.duplicates, width),
         lambda stored: trend_values(stored.scores, stored.duplicates),
         "mean importance of each component over training, with intervals",
+        of_one=False,
     ),
     "agreement": FigureKind(
         lambda stored, values, width: draw_agreements(stored.scores, values, stored.duplicates, width),
@@ -352,6 +356,8 @@ def draw_figures(
     formats = list(formats)
     wanted = list(FIGURES if names is None else names)
     refuse_unknown("figure", wanted, FIGURES)
+    if names is None and scores["revision"].n_unique() == 1:
+        wanted = [name for name in wanted if FIGURES[name].of_one]
     refuse_unknown("format", formats, FORMATS)
     refuse_unknown("width", [width], WIDTHS)
     stored = Stored(scores, duplicates, distances)

@@ -134,7 +134,7 @@ def plot_depths(scores: pl.DataFrame, *, metric: str = "cosine_similarity", widt
         if len(scale.axis.values) > 1:
             progress_bar(figure, panels, scale)
         else:
-            what = over_training(scale, what)
+            what = over_training(scores, scale, what)
         head(figure, title(scores, what))
         return figure
 
@@ -170,7 +170,7 @@ def plot_loss(scores: pl.DataFrame, *, ax: Axes | None = None) -> Axes:
             on.errorbar(x[apart], y[apart], error[apart], color=colour, marker="D", markersize=2.5, linestyle="")
         dress_training(on, scale, "x")
         on.set_ylabel(LOSS.label)
-        on.set_title(title(scores, over_training(scale, "loss")) if ax is None else "Loss")
+        on.set_title(title(scores, over_training(scores, scale, "loss")) if ax is None else "Loss")
         return on
 
 

@@ -31,6 +31,9 @@ from redundancy_trace.metrics import COMPONENTS, LAYER_METRICS
 # Importances that lines are drawn for.
 CONTOURS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 
+# Of more layers the line from each to the next is a web: it is drawn fainter.
+MOST_JOINED = 16
+
 
 def plot_decomposition(
     scores: pl.DataFrame,
@@ -158,7 +161,13 @@ def _draw(ax: Axes, rows: pl.DataFrame, across: Limits, upwards: Limits) -> None
     ax.axhline(0, color="0.85", linewidth=0.5, zorder=0)
     depth = max(1, int(rows["layer"].to_numpy().max()))
     shades = progress_map()(rows["layer"].to_numpy() / depth)
-    ax.plot(rows["relative_norm"], rows["update_cosine"], color="0.6", linewidth=0.4, zorder=1)
+    ax.plot(
+        rows["relative_norm"],
+        rows["update_cosine"],
+        color="0.6" if depth < MOST_JOINED else "0.85",
+        linewidth=0.4,
+        zorder=1,
+    )
     ax.scatter(
         rows["relative_norm"], rows["update_cosine"], c=shades, s=11, linewidths=0.3, edgecolors="white", zorder=2
     )
@@ -181,11 +190,14 @@ def _name_contours(ax: Axes, across: Limits, upwards: Limits) -> None:
     """The importance of each line, where it leaves at the bottom: in the middle the labels would lie on points."""
     norm = np.geomspace(*across, 400)
     found = importance_of(norm, np.full(norm.size, max(-1.0, upwards[0])))
-    room = 0.05 * np.log(across[1] / across[0])
+    length = np.log(across[1] / across[0])
+    free = 0.05  # from here on along the axis there is room for a label
     for level in CONTOURS:
         # Where the cosine is near -1 importance does not grow with the norm throughout: the first crossing counts.
         crossed = np.flatnonzero((found[:-1] < level) & (found[1:] >= level))
-        if crossed.size and room < np.log(norm[crossed[0]] / across[0]) < np.log(across[1] / across[0]) - room:
+        place = np.log(norm[crossed[0]] / across[0]) / length if crossed.size else 1.0
+        if free <= place <= 0.95:
+            free = place + 0.12
             ax.annotate(f"{level:g}", (norm[crossed[0]], upwards[0]), xytext=(0, 2), textcoords="offset points",
                         ha="center", fontsize=5.5, color="0.4", zorder=0.5,
                         bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.4})  # fmt: skip

@@ -99,7 +99,9 @@ def draw_distances(values: pl.DataFrame, metric: str, width: Width) -> Figure:
     """As `plot_distances_over_training`, of values that were computed before."""
     names = values["revision"].unique(maintain_order=True).to_list()
     with paper_style():
-        figure, panels = panel_row(len(names), width, 2.8 if width == "page" else 2.2, sharex=True, sharey=True)
+        figure, panels = panel_row(
+            len(names), width, 2.8 if width == "page" or len(names) == 1 else 2.2, sharex=True, sharey=True
+        )
         limits = _limits(values, metric)
         for ax, name in zip(panels, names, strict=True):
             mesh = _draw(ax, values.filter(revision=name), limits, metric)

@@ -130,7 +130,7 @@ def plot_training_heatmaps(
     height = float(np.clip(1.6 + 0.03 * grids.n_layers, 2.2, 3.4))
     with paper_style():
         figure = _panels(grids, training, width, height if width == "page" else 0.75 * height)
-        head(figure, title(scores, over_training(grids.scale, layer_metric(metric).name.replace("_", " "))))
+        head(figure, title(scores, over_training(scores, grids.scale, layer_metric(metric).name.replace("_", " "))))
         return figure
 
 

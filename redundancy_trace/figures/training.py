@@ -6,12 +6,13 @@ from typing import Literal
 
 import matplotlib as mpl
 import numpy as np
+import polars as pl
 from matplotlib.axes import Axes
 from matplotlib.axis import XAxis, YAxis
 from matplotlib.ticker import FixedLocator, FuncFormatter, Locator, MaxNLocator, NullLocator
 
 from redundancy_trace.analysis import Axis
-from redundancy_trace.figures.style import Array, compact, plain, shortened
+from redundancy_trace.figures.style import Array, at_checkpoint, compact, plain, shortened
 
 # A gap that is wider than this many times the gaps around it is a hole: a checkpoint that failed or was not saved.
 HOLE = 1.75
@@ -232,10 +233,10 @@ def dress_training(ax: Axes, scale: TrainingScale, along: Literal["x", "y"], *, 
     side.set_label_text(scale.axis.label + (f" ({note})" if note else ""))
 
 
-def over_training(scale: TrainingScale, text: str) -> str:
+def over_training(scores: pl.DataFrame, scale: TrainingScale, text: str) -> str:
     """The end of a title: `text` over training, or at the one checkpoint that there is."""
     names = scale.axis.revisions
-    return f"{text} over training" if len(names) > 1 else f"{text} at {plain(shortened(names[0], 40))}"
+    return f"{text} over training" if len(names) > 1 else text + at_checkpoint(scores, names[0])
 
 
 def _slanted(scale: TrainingScale, along: Literal["x", "y"]) -> bool:

@@ -80,8 +80,8 @@ def trends_figure(scores: pl.DataFrame, duplicates: pl.DataFrame | None, width: 
     """`plot_trends` alone on a figure of that width."""
     with paper_style():
         figure = PaperFigure(WIDTHS[width], 2.4)
-        ax = plot_trends(scores, duplicates=duplicates, ax=figure.add_subplot())
-        ax.set_title(title(scores, "mean importance over training"))
+        plot_trends(scores, duplicates=duplicates, ax=figure.add_subplot()).set_title("")
+        head(figure, title(scores, "mean importance over training"))
         return figure
 
 

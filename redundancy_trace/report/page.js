@@ -355,7 +355,7 @@
     const pairs = data.agreement;
     if (!host || !pairs) return;
     const size = pairs.columns.length;
-    const range = { low: -1, high: 1, map: pairs.map };
+    const range = { low: pairs.low, high: 1, map: pairs.map };
     const column = (k) => pairs.columns[k];
     const step = Math.max(1, Math.ceil(size / 5));
     const ends = [...Array(size).keys()].filter((k) => (size - 1 - k) % step === 0);

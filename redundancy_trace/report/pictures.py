@@ -14,7 +14,16 @@ from numpy.typing import NDArray
 
 from redundancy_trace.analysis import Axis, metric_values, rank_agreement, training_axis
 from redundancy_trace.analysis.ranks import drop_places
-from redundancy_trace.figures.style import Array, beyond, colour_limits, colour_map, compact, layer_ticks, shortened
+from redundancy_trace.figures.style import (
+    Array,
+    agreement_map,
+    beyond,
+    colour_limits,
+    colour_map,
+    compact,
+    layer_ticks,
+    shortened,
+)
 from redundancy_trace.metrics import COMPONENTS, IMPORTANCE, LAYER_METRICS, LOSS, Metric
 from redundancy_trace.report.curves import MOST_TICKS, costs, curves, labelled, line_style, linear_axis
 from redundancy_trace.report.gathering import Sources
@@ -177,7 +186,7 @@ def _agreement(sources: Sources, maps: dict[str, Colormap]) -> dict[str, Any] | 
         return None
     keys = ["revision", "commit"]
     rows = sources.scores.join(series.checkpoints.select(keys), on=keys, how="semi", nulls_equal=True)
-    matrices = {}
+    matrices, lowest = {}, 0.0
     for component in series.grids:
         pairs = rank_agreement(rows, component)["spearman"].fill_null(float("nan")).to_numpy()
         matrix = np.ones((size, size))
@@ -185,12 +194,14 @@ def _agreement(sources: Sources, maps: dict[str, Colormap]) -> dict[str, Any] | 
         matrix.T[np.triu_indices(size, 1)] = pairs
         steps = np.where(np.isnan(matrix), NO_AGREEMENT, np.round(matrix / QUANTUM))
         matrices[component] = _encoded(steps, np.int16)
+        lowest = min(lowest, float(np.nanmin(matrix)))
     return {
         "columns": sources.series_columns,
         "values": matrices,
         "quantum": QUANTUM,
         "none": NO_AGREEMENT,
-        "map": _named(colour_map(LAYER_METRICS["update_cosine"]), maps),
+        "low": lowest,
+        "map": _named(agreement_map(), maps),  # as in the figure
     }
 
 

@@ -1,0 +1,1 @@
+"""Figures of two models; `python -m figures` makes them anew."""
