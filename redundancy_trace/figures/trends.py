@@ -150,6 +150,10 @@ def plot_models_side_by_side(scores: pl.DataFrame, *, width: Width = "page") -> 
             _draw_models(ax, values.filter(component=component), values)
             ax.set_title(component_label(component))
         outer_labels(panels, width)
+        if width == "column":
+            figure.supylabel(panels[0].get_ylabel(), fontsize="medium")  # it is longer than a panel is high
+            for ax in panels:
+                ax.set_ylabel("")
         handles, labels = panels[0].get_legend_handles_labels()
         columns = max(1, min(len(handles), 3 if width == "page" else 1))
         figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize="small")

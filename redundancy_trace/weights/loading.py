@@ -5,11 +5,13 @@ loader at the end goes the public way and is the check of the rest.
 """
 
 import contextlib
+import ctypes
 import json
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -244,12 +246,23 @@ def _matched(stored: _Stored, *, device: torch.device, dtype: torch.dtype, trust
 
 
 def release_(module: nn.Module) -> None:
-    """Put all parameters of a module back on the meta device, in place; their memory is free again."""
+    """Put all parameters of a module back on the meta device, in place; their memory goes back to the system."""
     for part in module.modules():
         for name, parameter in part._parameters.items():
             if parameter is not None and parameter.device.type != "meta":
                 empty = torch.empty_like(parameter, device="meta")
                 part._parameters[name] = nn.Parameter(empty, requires_grad=False)
+    if (trim := _trim()) is not None:
+        trim(0)
+
+
+@cache
+def _trim() -> Callable[[int], int] | None:
+    """Of glibc, which otherwise keeps pieces of what layers took: more, the more layers there were."""
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError, TypeError):  # another C library, or none to look in
+        return None
 
 
 def load_whole_model(folder: Path, *, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
