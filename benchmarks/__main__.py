@@ -20,7 +20,7 @@ from benchmarks.ratios import Options, Ratio, machine, table, write_results
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 # Of the table, in its order: modules with `measure(options) -> list[Ratio]`.
-TABLE = ("scoring", "pipeline", "growth", "cluster")
+TABLE = ("scoring", "memory", "pipeline", "growth", "cluster")
 # Too long for it: modules with `add_options(parser)` and `run(options) -> int`.
 APART = ("faults", "large", "engines", "decoding", "vllm_check")
 

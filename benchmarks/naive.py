@@ -1,10 +1,10 @@
 """The plain way to the same scores, as arXiv 2406.15786 describes it and its authors' code goes about it.
 
 A full pass for attention, one for the MLP, one for the block. Each goes layer by layer, one sequence at a time, on
-inputs that are kept; a layer's states of all sequences are stored, put together in float32, and compared at the end of
-the layer: S = 1 − cos(X, X + f(norm(X))) of a sublayer (eq. 3 to 6), S = 1 − cos(X, Y) of a block (eq. 1 and 2). The
-standard errors, the other metrics, the loss and the distances between all layers, which the engine gives beside them,
-are not computed here.
+inputs that are kept; copies of a layer's states of all sequences are stored, put together in float32, and compared at
+the end of the layer: S = 1 − cos(X, X + f(norm(X))) of a sublayer (eq. 3 to 6), S = 1 − cos(X, Y) of a block (eq. 1
+and 2). The standard errors, the other metrics, the loss and the distances between all layers, which the engine gives
+beside them, are not computed here.
 """
 
 from typing import Any, Literal
@@ -58,10 +58,10 @@ def _keep_states(layer: nn.Module, component: Component, before: list[Tensor], b
     """Hooks that store what the component is given and what it puts out, of every sequence."""
 
     def keep_input(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        before.append(inputs[0])
+        before.append(inputs[0].clone())
 
     def keep_output(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        behind.append(output[0] if isinstance(output, tuple) else output)
+        behind.append((output[0] if isinstance(output, tuple) else output).clone())
 
     if component == "block":
         return [layer.register_forward_pre_hook(keep_input), layer.register_forward_hook(keep_output)]

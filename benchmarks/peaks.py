@@ -7,12 +7,16 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import torch
 
 ROOT = Path(__file__).parents[1]
 _SAMPLE_SECONDS = 0.005
@@ -28,7 +32,8 @@ class Peaks:
         file: Most pages of files in memory, which the system takes back when it needs them: mapped weights, libraries.
         resident: Most of both together.
         seconds: Wall time of scoring.
-        loss: Mean loss of the last checkpoint that was scored, in nats per token.
+        loss: Mean loss of the last checkpoint that was scored, in nats per token; None of the naive way, which has no
+            head to run.
     """
 
     anonymous: int
@@ -36,7 +41,7 @@ class Peaks:
     file: int
     resident: int
     seconds: float
-    loss: float
+    loss: float | None
 
     @property
     def taken(self) -> int:
@@ -51,7 +56,7 @@ def score_apart(folders: Sequence[Path], ids: np.ndarray, *, dtype: str = "float
         folders: The checkpoints.
         ids: Calibration, shape (N, T).
         dtype: Compute dtype.
-        engine: `stream` or `whole`.
+        engine: `stream` or `whole`; or `naive`, the three passes of `benchmarks.naive` over the loaded model.
 
     Raises:
         RuntimeError: The process failed; says what it printed.
@@ -101,25 +106,49 @@ def _score(request: Path) -> Peaks:
     import torch
     import transformers.modeling_utils  # noqa: F401 - what scoring imports is no memory of its own
 
-    from redundancy_trace.engine import score_checkpoint
-
     asked = json.loads(request.read_text(encoding="utf-8"))
     ids = np.load(request.with_suffix(".npy"))
+    way = _naive if asked["engine"] == "naive" else _scoring
+    run = way(getattr(torch, asked["dtype"]), asked["engine"])
     before = resident_bytes()["RssAnon"]
     started = time.perf_counter()
     with most_resident() as most:
         for folder in asked["folders"]:
-            scores = score_checkpoint(
-                Path(folder),
-                ids,
-                device=torch.device("cpu"),
-                dtype=getattr(torch, asked["dtype"]),
-                engine=asked["engine"],
-            )
+            loss = run(Path(folder), ids)
     seconds = time.perf_counter() - started
-    (loss,) = (value.value for value in scores.values if value.metric == "loss")
-    assert loss is not None
     return Peaks(most["RssAnon"], before, most["RssFile"], most["VmRSS"], seconds, loss)
+
+
+Run = Callable[[Path, np.ndarray], float | None]
+
+
+def _scoring(dtype: "torch.dtype", engine: str) -> Run:
+    """Score a folder as the checkpoints of one run are, and give its loss."""
+    import torch
+
+    from redundancy_trace.engine import score_checkpoint
+    from redundancy_trace.weights import ModelBuilder
+
+    kept, cpu = ModelBuilder(), torch.device("cpu")
+
+    def run(folder: Path, ids: np.ndarray) -> float | None:
+        scores = score_checkpoint(folder, ids, device=cpu, dtype=dtype, engine=engine, kept=kept)
+        (loss,) = (value.value for value in scores.values if value.metric == "loss")
+        return loss
+
+    return run
+
+
+def _naive(dtype: "torch.dtype", _engine: str) -> Run:
+    import torch
+
+    from benchmarks.naive import naive_similarities
+    from redundancy_trace.weights import load_whole_model
+
+    def run(folder: Path, ids: np.ndarray) -> None:
+        naive_similarities(load_whole_model(folder, device=torch.device("cpu"), dtype=dtype), ids)
+
+    return run
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Scoring against one plain forward of the same decoder, and against the naive way of three passes."""
+"""Scoring against one plain forward of the same decoder, the naive way of three passes, and the whole engine."""
 
 import tempfile
 import time
@@ -19,6 +19,7 @@ DTYPES = ("float32", "bfloat16")
 _OVER_FORWARD = {"float32": 1.08, "bfloat16": 1.10}
 _OVER_FORWARD_SMALL = {"float32": 1.15, "bfloat16": 1.25}
 _NAIVE_OVER_SCORING = {"float32": 2.6, "bfloat16": 3.4}
+_STREAMING_OVER_WHOLE = 1.05
 
 
 @dataclass(frozen=True)
@@ -31,20 +32,22 @@ class Case:
         sequences: Of the calibration.
         rounds: Runs of each way, taken in turn.
         naive_rounds: In how many of them the naive way is run too.
+        whole_rounds: In how many of them the whole engine is.
     """
 
     shape: Shape
     sequences: int = 32
     rounds: int = 3
     naive_rounds: int = 0
+    whole_rounds: int = 0
 
 
 CASES = (
-    Case(Shape(width=512, layers=4, vocabulary=16384)),
-    Case(Shape(width=1024, layers=3, vocabulary=6144), naive_rounds=2),
-    Case(Shape(width=2048, layers=1, vocabulary=2048)),
+    Case(Shape(width=512, layers=3, vocabulary=25152), whole_rounds=3),
+    Case(Shape(width=1024, layers=4, vocabulary=8384), naive_rounds=1),
+    Case(Shape(width=2048, layers=1, vocabulary=2096), rounds=2),
 )
-TOY = (Case(Shape(width=64, layers=2, vocabulary=128), sequences=4, rounds=1, naive_rounds=1),)
+TOY = (Case(Shape(width=64, layers=2, vocabulary=128), sequences=4, rounds=1, naive_rounds=1, whole_rounds=1),)
 
 
 def measure(options: Options) -> list[Ratio]:
@@ -63,43 +66,48 @@ def _rows(case: Case, folder: Path, dtype: str) -> list[Ratio]:
 
     from benchmarks.naive import naive_similarities
     from redundancy_trace.engine import choose_batch_size, score_checkpoint
-    from redundancy_trace.weights import load_whole_model
+    from redundancy_trace.weights import ModelBuilder, load_whole_model
 
     ids = random_ids(case.shape.vocabulary, case.sequences)
     device, kind = torch.device("cpu"), getattr(torch, dtype)
     batch_size = choose_batch_size(None, ids.shape[1], len(ids))
     model = load_whole_model(folder, device=device, dtype=kind)
+    kept = ModelBuilder()
 
-    def score(some: "np.ndarray") -> None:
-        score_checkpoint(folder, some, device=device, dtype=kind, batch_size=batch_size)
+    def score(some: "np.ndarray", engine: str = "stream") -> None:
+        score_checkpoint(folder, some, device=device, dtype=kind, batch_size=batch_size, engine=engine, kept=kept)
 
-    ways: dict[str, Callable[[Any], object]] = {
-        "forward": lambda some: plain_forward(model, torch.as_tensor(some), batch_size),
-        "scoring": score,
-        "naive": lambda some: naive_similarities(model, some),
+    ways: dict[str, tuple[int, Callable[[Any], object]]] = {
+        "forward": (case.rounds, lambda some: plain_forward(model, torch.as_tensor(some), batch_size)),
+        "scoring": (case.rounds, score),
+        "naive": (case.naive_rounds, lambda some: naive_similarities(model, some)),
+        "whole": (case.whole_rounds, lambda some: score(some, "whole")),
     }
-    for way in ways.values():  # what is loaded, compiled or cached on the first call
+    ways = {name: way for name, way in ways.items() if way[0]}
+    for _, way in ways.values():  # what is loaded, compiled or cached on the first call
         way(ids[:batch_size])
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(case.rounds):
-        names = ["forward", "scoring"] if number % 2 == 0 else ["scoring", "forward"]
-        for name in [*names, *(["naive"] if number < case.naive_rounds else [])]:
-            seconds[name].append(_seconds(ways[name], ids))
+        # There and back, so that what comes first is not always the same.
+        for name in list(ways) if number % 2 == 0 else list(ways)[::-1]:
+            rounds, way = ways[name]
+            if number < rounds:
+                seconds[name].append(_seconds(way, ids))
     detail = {**vars(case), "shape": vars(case.shape), "length": ids.shape[1], "dtype": dtype, "seconds": seconds}
-    large = case.shape.width >= 1024
+    bounds = _OVER_FORWARD if case.shape.width >= 1024 else _OVER_FORWARD_SMALL
     where = f"width {case.shape.width}, {dtype}"
-    rows = [
-        Ratio(
-            f"one-pass scoring with loss ÷ plain forward, {where}",
-            median_ratio(list(zip(seconds["scoring"], seconds["forward"], strict=True))),
-            (_OVER_FORWARD if large else _OVER_FORWARD_SMALL)[dtype],
-            detail=detail,
-        )
-    ]
-    if seconds["naive"]:
-        pairs = list(zip(seconds["naive"], seconds["scoring"], strict=False))
+
+    def over(first: str, second: str) -> float:
+        return median_ratio(list(zip(seconds[first], seconds[second], strict=False)))
+
+    name = f"one-pass scoring with loss ÷ plain forward, {where}"
+    rows = [Ratio(name, over("scoring", "forward"), bounds[dtype], detail=detail)]
+    if case.naive_rounds:
         name = f"three naive passes ÷ one-pass scoring, {where}"
-        rows.append(Ratio(name, median_ratio(pairs), _NAIVE_OVER_SCORING[dtype], "higher", detail))
+        rows.append(Ratio(name, over("naive", "scoring"), _NAIVE_OVER_SCORING[dtype], "higher", detail))
+    if case.whole_rounds:
+        name = f"streaming ÷ whole engine, {where}"
+        rows.append(Ratio(name, over("scoring", "whole"), _STREAMING_OVER_WHOLE, detail=detail))
     return rows
 
 
