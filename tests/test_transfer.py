@@ -31,7 +31,7 @@ def served(loopback_hub: LoopbackHub, small_parts: None) -> LoopbackHub:
 
 
 def download(served: LoopbackHub, folder: Path) -> int:
-    """Bytes that arrived."""
+    """Bytes that were told as arrived."""
     folder = folder / "files"
     arrived: list[int] = []
     Hub(served.url).download("org/model", served.commit("org/model", "main"), [FILE], folder, arrived.append)
@@ -85,8 +85,10 @@ def test_cut_anywhere_nothing_is_fetched_twice(served: LoopbackHub, tmp_path: Pa
     chance = random.Random(seed)
     for _ in range(12):
         served.fault("*/model.safetensors", cut_at=chance.randrange(PART))
-    served.fault("*/model.safetensors", status=503, times=2)
+    served.fault("*/model.safetensors", status=503, body=b"not now", times=2)
     assert download(served, tmp_path) == len(DATA)
+    sent = sum(body.sent for body in served.bodies if body.path.endswith(FILE.path))
+    assert sent == len(DATA) + 2 * len(b"not now")
 
 
 def test_a_server_that_ignores_ranges(served: LoopbackHub, tmp_path: Path) -> None:
