@@ -70,7 +70,7 @@ def _rows(case: Case, folder: Path, dtype: str) -> list[Ratio]:
 
     ids = random_ids(case.shape.vocabulary, case.sequences)
     device, kind = torch.device("cpu"), getattr(torch, dtype)
-    batch_size = choose_batch_size(None, ids.shape[1], len(ids))
+    batch_size = choose_batch_size(None, ids.shape[1], len(ids), device)
     model = load_whole_model(folder, device=device, dtype=kind)
     kept = ModelBuilder()
 

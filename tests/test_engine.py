@@ -248,7 +248,7 @@ def test_sums_are_those_of_numpy():
 def test_loss_is_next_token_cross_entropy():
     logits = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0))
     ids = torch.randint(7, (2, 5), generator=torch.Generator().manual_seed(1))
-    sums = LossSums()
+    sums = LossSums(4)
     sums.add(logits[:1], ids[:1])
     sums.add(logits[1:], ids[1:])
     expected = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
@@ -262,7 +262,7 @@ def test_loss_is_next_token_cross_entropy():
 def test_loss_of_sequences_together_and_in_pieces_is_that_of_each():
     logits = torch.randn(3, 5, 7, generator=torch.Generator().manual_seed(0))
     ids = torch.randint(7, (3, 5), generator=torch.Generator().manual_seed(1))
-    apart, together = LossSums(), LossSums()
+    apart, together = LossSums(3), LossSums(3)
     apart.add(logits, ids)
     together.add_sequences([(logits[:, :3], ids[:, 1:4]), (logits[:, 3:4], ids[:, 4:])])
     one, other = together.value(), apart.value()
@@ -594,10 +594,12 @@ def test_batch_size_is_halved_when_memory_runs_out(error, monkeypatch):
 
 
 def test_choices():
-    assert choose_batch_size(None, 512, 64) == 8
-    assert choose_batch_size(None, 8192, 64) == 1
-    assert choose_batch_size(None, 16, 3) == 3
-    assert choose_batch_size(7, 512, 64) == 7
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert choose_batch_size(None, 512, 64, cuda) == 8
+    assert choose_batch_size(None, 512, 64, cpu) == 2
+    assert choose_batch_size(None, 8192, 64, cuda) == 1
+    assert choose_batch_size(None, 16, 3, cpu) == 3
+    assert choose_batch_size(7, 512, 64, cpu) == 7
     assert choose_device("cpu") == CPU
     assert choose_device("auto").type in ("cpu", "cuda", "mps")
     assert choose_dtype("auto", CPU) == torch.float32

@@ -20,13 +20,13 @@ class HiddenStates:
 
     Args:
         sizes: Sequences of each batch.
-        file: A flat tensor that all of them fit in, or None to keep them as they come.
+        room: A flat tensor that all of them are written to, or None to keep them as they come.
         device: Where they are handed out.
     """
 
-    def __init__(self, sizes: Sequence[int], file: Tensor | None, device: torch.device) -> None:
+    def __init__(self, sizes: Sequence[int], room: Tensor | None, device: torch.device) -> None:
         self._sizes = list(sizes)
-        self._file = file
+        self._room = room
         self._device = device
         self._states: list[Tensor | None] = [None] * len(self._sizes)
 
@@ -40,13 +40,13 @@ class HiddenStates:
         return state.to(self._device)
 
     def __setitem__(self, number: int, state: Tensor) -> None:
-        if self._file is None:
+        if self._room is None:
             self._states[number] = state
             return
         if self._states[number] is None:
             before, size = sum(self._sizes[:number]), self._sizes[number]
             each = state.numel() // size
-            self._states[number] = self._file[before * each : (before + size) * each].view(state.shape)
+            self._states[number] = self._room[before * each : (before + size) * each].view(state.shape)
         kept = self._states[number]
         assert kept is not None
         kept.copy_(state)
@@ -73,7 +73,9 @@ def hidden_states(
     """
     count = sum(sizes) * length * width
     if count * dtype.itemsize <= _most_bytes(device):
-        yield HiddenStates(sizes, None, device)
+        # On the CPU in one block: states that come and go one by one leave holes in the heap that nothing fits.
+        room = torch.empty(count, dtype=dtype) if device.type == "cpu" else None
+        yield HiddenStates(sizes, room, device)
         return
     with tempfile.TemporaryDirectory(prefix="redundancy-trace-states-") as name:
         file = Path(name) / "states"

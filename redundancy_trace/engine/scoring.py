@@ -12,8 +12,9 @@ from redundancy_trace.errors import CheckpointError, InputError
 from redundancy_trace.metrics import ModelScores
 from redundancy_trace.weights import ModelBuilder, WeightFiles, load_whole_model
 
-# Tokens in one forward: enough to keep a matrix product busy, small beside the weights.
-_BATCH_TOKENS = 4096
+# Tokens in one forward: enough to keep a matrix product busy, small beside the weights. On the CPU fewer will do, and
+# what a batch takes is then small enough for glibc to keep rather than to map, and fault in, for every batch anew.
+_BATCH_TOKENS, _CPU_BATCH_TOKENS = 4096, 1024
 
 
 def choose_device(name: str, flag: str = "--device") -> torch.device:
@@ -50,9 +51,10 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
-def choose_batch_size(batch_size: int | None, sequence_length: int, samples: int) -> int:
-    """The user's batch size, else what gives about 4096 tokens; never more than there are sequences."""
-    return min(batch_size or max(1, _BATCH_TOKENS // sequence_length), samples)
+def choose_batch_size(batch_size: int | None, sequence_length: int, samples: int, device: torch.device) -> int:
+    """The user's, else what gives about 4096 tokens, on the CPU 1024; never more than there are sequences."""
+    tokens = _CPU_BATCH_TOKENS if device.type == "cpu" else _BATCH_TOKENS
+    return min(batch_size or max(1, tokens // sequence_length), samples)
 
 
 def score_checkpoint(
@@ -105,7 +107,7 @@ def score_checkpoint(
         model = load_whole_model(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
         return score_module(model, token_ids, batch_size=size, on_batch=on_progress)
 
-    size = choose_batch_size(batch_size, token_ids.shape[1], len(token_ids))
+    size = choose_batch_size(batch_size, token_ids.shape[1], len(token_ids), device)
     while True:
         try:
             return score(size)

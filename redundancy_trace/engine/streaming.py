@@ -105,14 +105,14 @@ def _score(
                     # A copy: of what was made in `inference_mode`, torch does not tell whether it was overwritten.
                     x, given = states[0][:1, :PROBE_TOKENS].clone(), probe.arguments[index]
                     proven[kind] = prove(layer, index, x, given.args, given.kwargs, model.config)
-                sums = LayerSums(index)
+                sums = LayerSums(index, len(inputs))
                 _run_layer_(layer, proven[kind], states, arguments, index, sums)
             values += sums.values()
             _add_state(distances, states)
             if on_layer is not None:
                 on_layer(index + 1, len(layers))
         empty.load_head_()
-        loss = LossSums()
+        loss = LossSums(len(token_ids), empty.device)
         for batch, original, state in zip(batches, token_ids.split(batch_size), states, strict=True):
             _add_loss(surroundings, batch, original.to(empty.device), state, loss)
     return ModelScores((*values, loss.value()), distances.distances())

@@ -73,9 +73,14 @@ class LayerSums:
     """
 
     layer: int
-    _sums: list[np.ndarray] = field(default_factory=list)
-    _counts: list[np.ndarray] = field(default_factory=list)
+    n_sequences: int
     _measured: _Measured | None = None
+    _done: int = 0
+
+    def __post_init__(self) -> None:
+        """Take the room at once: small arrays that stay would lie in the heap between what batches take and let go."""
+        shape = len(COMPARED), len(COMPONENTS), self.n_sequences
+        self._sums, self._counts = np.zeros(shape), np.zeros(shape, dtype=np.int64)
 
     def add(self, states: LayerStates) -> None:
         """Add one batch, whose states must stay as they are until the next is added, or `settle` is called.
@@ -111,15 +116,16 @@ class LayerSums:
             if np.isinf(sums).any():
                 what = f"the {component} of layer {self.layer}"
                 raise CheckpointError(not_finite(what, states.resid_post.dtype))
-        self._sums.append(sums_MCB)
-        self._counts.append(counted.sum(dim=-1).cpu().numpy())
+        here = slice(self._done, self._done + sums_MCB.shape[-1])
+        self._sums[..., here] = sums_MCB
+        self._counts[..., here] = counted.sum(dim=-1).cpu().numpy()
+        self._done = here.stop
 
     def values(self) -> list[Value]:
         """Every metric of attn, mlp and block of this layer."""
         self.settle()
-        sums_MCN, counts_MCN = np.concatenate(self._sums, axis=-1), np.concatenate(self._counts, axis=-1)
         return [
-            Value(self.layer, component, metric, *mean_and_error(sums_MCN[i, c], counts_MCN[i, c]))
+            Value(self.layer, component, metric, *mean_and_error(self._sums[i, c], self._counts[i, c]))
             for c, component in enumerate(COMPONENTS)
             for i, metric in enumerate(COMPARED)
         ]
@@ -161,11 +167,17 @@ def _compare_again_(compared: Tensor, states: LayerStates, wanted: Tensor) -> No
 
 @dataclass
 class LossSums:
-    """Running sums of the next-token loss."""
+    """Running sums of the next-token loss of so many sequences, on the device that has the logits."""
 
-    _sums: list[Tensor] = field(default_factory=list)
-    _counts: list[int] = field(default_factory=list)
+    n_sequences: int
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     _dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        """Take the room at once, as `LayerSums` does."""
+        place = torch.device("cpu") if self.device.type == "mps" else self.device
+        self._sums = torch.zeros(self.n_sequences, dtype=torch.float64, device=place)
+        self._counts: list[int] = []
 
     def add(self, logits_BTV: Tensor, ids_BT: Tensor) -> None:
         """Add one batch: logits of shape (B, T, V) and the token ids they were computed from."""
@@ -184,7 +196,8 @@ class LossSums:
             total_B = sums_B if total_B is None else total_B + sums_B
             count += next_BT.shape[1]
         assert total_B is not None
-        self._sums.append(total_B)
+        done = len(self._counts)
+        self._sums[done : done + len(total_B)] = total_B
         self._counts += [count] * len(total_B)
 
     def value(self) -> Value:
@@ -193,7 +206,7 @@ class LossSums:
         Raises:
             CheckpointError: If it is not finite.
         """
-        sums_N = torch.cat(self._sums).cpu().numpy()
+        sums_N = self._sums[: len(self._counts)].cpu().numpy()
         if not np.isfinite(sums_N).all():
             raise CheckpointError(not_finite("the loss", self._dtype))
         return Value(None, "model", "loss", *mean_and_error(sums_N, np.array(self._counts)))

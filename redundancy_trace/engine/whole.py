@@ -106,8 +106,8 @@ def _score(
     batch_size: int,
     on_batch: Callable[[int, int], None] | None,
 ) -> ModelScores:
-    sums = [LayerSums(index) for index in range(len(layers))]
-    loss = LossSums()
+    sums = [LayerSums(index, len(ids)) for index in range(len(layers))]
+    loss = LossSums(len(ids), ids.device)
     kept: list[list[Tensor]] = [[] for _ in range(len(layers) + 1)]
     wanted = 0
     seen_sequences = 0

@@ -108,7 +108,8 @@ def text_loss(model: Any, windows: Windows, *, batch_size: int | None = None) ->
     Args:
         model: A causal language model of transformers, in eval mode, on any device.
         windows: The text.
-        batch_size: Windows at a time; None = about 4096 tokens; halved where they do not fit the device's memory.
+        batch_size: Windows at a time; None = about 4096 tokens, on the CPU 1024; halved where they do not fit the
+            device's memory.
 
     Raises:
         InputError: The model has no embedding row for an id, or fewer positions than a window has tokens.
@@ -116,7 +117,8 @@ def text_loss(model: Any, windows: Windows, *, batch_size: int | None = None) ->
     """
     with text_errors():
         check_calibration(windows.ids, model)
-    size = choose_batch_size(batch_size, windows.ids.shape[1], len(windows.ids))
+    device = model.get_input_embeddings().weight.device
+    size = choose_batch_size(batch_size, windows.ids.shape[1], len(windows.ids), device)
     while True:
         try:
             return TextLoss(windows, _sums(model, windows, size))

@@ -35,13 +35,14 @@ def drop_one_by_one(spec: DropSpec, model: Any, token_ids: Any) -> tuple[Dropped
 
     check_iterative(spec)
     ids = np.asarray(token_ids.cpu() if hasattr(token_ids, "cpu") else token_ids)
+    size = choose_batch_size(None, ids.shape[1], len(ids), model.get_input_embeddings().weight.device)
     n_layers = len(find_layers(model)[1])
     left: list[Candidate] = candidates(spec, n_layers)
     most = len(left) - 1 if spec.below is not None else number_of(spec, n_layers)
     found: list[DroppedComponent] = []
     with ExitStack() as undoing:
         while len(found) < most:
-            scores = score_module(model, ids, batch_size=choose_batch_size(None, ids.shape[1], len(ids)))
+            scores = score_module(model, ids, batch_size=size)
             importance = importance_of(scores.values)
             best = ranking(left, importance)[0]
             if spec.below is not None and importance[best] >= spec.below:

@@ -19,11 +19,11 @@ def mean_loss(model: Any, token_ids: np.ndarray) -> tuple[float, int]:
     Raises:
         CheckpointError: The loss is not finite.
     """
-    sums = LossSums()
     device = model.get_input_embeddings().weight.device
+    sums = LossSums(len(token_ids), device)
     ids = torch.as_tensor(token_ids, dtype=torch.long, device=device)
     with torch.no_grad():
-        for batch in ids.split(choose_batch_size(None, ids.shape[1], len(ids))):
+        for batch in ids.split(choose_batch_size(None, ids.shape[1], len(ids), ids.device)):
             sums.add(model(input_ids=batch, use_cache=False).logits, batch)
     found = sums.value()
     assert found.value is not None

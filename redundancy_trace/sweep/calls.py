@@ -127,7 +127,7 @@ def score_model(
         model: A checkpoint folder (config.json and weights), or a causal language model of transformers, which is
             hooked where it is, in its own dtype.
         token_ids: Calibration, shape (N, T), integers; a numpy array, a torch tensor or nested lists.
-        batch_size: Sequences a forward; None = about 4096 tokens.
+        batch_size: Sequences a forward; None = about 4096 tokens, on the CPU 1024.
         device: For a folder: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`.
         dtype: For a folder: `auto`, `float32`, `bfloat16`.
         engine: For a folder: `stream` or `whole`.
@@ -167,7 +167,8 @@ def score_model(
         )
         name = folder.resolve().name
     else:
-        size = engines.choose_batch_size(batch_size, ids.shape[1], len(ids))
+        at = model.get_input_embeddings().weight.device
+        size = engines.choose_batch_size(batch_size, ids.shape[1], len(ids), at)
         scores = engines.score_module(model, ids, batch_size=size)
         name = type(model).__name__
     return scores_frame(Labels(model=name, revision=name), scores.values)

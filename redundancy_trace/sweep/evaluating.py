@@ -256,7 +256,8 @@ def _curve_plans(subject: Subject) -> "Sequence[DropPlan]":
         stored = subject.scores(settings.scores)
         return curve_plans(stored, stored["revision"][0], components, orders)
     ids = subject.windows.ids
-    size = choose_batch_size(settings.batch_size, ids.shape[1], len(ids))
+    device = subject.model.get_input_embeddings().weight.device
+    size = choose_batch_size(settings.batch_size, ids.shape[1], len(ids), device)
     scores = score_module(subject.model, ids, batch_size=size)
     labels = replace(subject.labels, calibration=subject.windows.name)
     return curve_plans(scores_frame(labels, scores.values), None, components, orders)
