@@ -162,7 +162,9 @@ def parse_shard(text: str) -> tuple[int, int]:
     """
     match = re.fullmatch(r"(\d+)/(\d+)", text.strip())
     if match is None or not 1 <= int(match[1]) <= int(match[2]):
-        raise InputError(f"--shard {text!r} is no share; write --shard 1/4, 2/4, 3/4 or 4/4 for the quarters, say.")
+        raise InputError(
+            f"--shard {text!r} is no share; shares count from 1: write --shard 1/4, 2/4, 3/4 or 4/4 for the quarters."
+        )
     return int(match[1]), int(match[2])
 
 

@@ -15,6 +15,7 @@ from redundancy_trace import cli
 from redundancy_trace.cluster import Watch, devices
 from redundancy_trace.cluster.workers import _Process
 from redundancy_trace.errors import InputError
+from redundancy_trace.locking import alone_in
 from redundancy_trace.settings import TraceSettings
 from redundancy_trace.store import read_scores
 from redundancy_trace.sweep.tasks import share_of
@@ -68,15 +69,29 @@ def test_two_shards_on_one_run_at_once(loopback_hub, served, tiny_run, undisturb
             sweeps.start(*served, "--out", str(out), "--shard", f"{i}/2", told=tmp_path / f"told-{i}") for i in (1, 2)
         ]
         assert [sweeps.wait(pid) for pid in started] == [0, 0]
+        asked = len(weights_asked(loopback_hub))
+        parts = sorted((out / "scores").iterdir())
+        for part in parts:
+            part.rename(tmp_path / part.name)
+        with alone_in(out / "figures"):  # as another shard that is drawing
+            waits = sweeps.start(*served, "--out", str(out), "--shard", "2/2", told=tmp_path / "told-late")
+            while len(list((out / "scores").glob("*.parquet"))) < 2:
+                time.sleep(0.02)
+            assert sweeps.waited(waits, 0.5) is None
+            for part in parts:
+                (tmp_path / part.name).rename(part)
+        assert sweeps.wait(waits) == 0
     finally:
         sweeps.close()
     assert_frame_equal(numbers(read_scores(out)), numbers(undisturbed))
-    assert len(weights_asked(loopback_hub)) == len(STEPS), "each is fetched once, by one of them"
+    assert asked == len(STEPS), "each is fetched once, by one of them"
     assert not leftovers(out)
     told = [(tmp_path / f"told-{i}").read_text() for i in (1, 2)]
     assert "3 checkpoints in shard 1/2" in told[0]
     assert "2 checkpoints in shard 2/2" in told[1]
     assert any(f"stored so far: {len(STEPS)} of {len(STEPS)}" in one for one in told)
+    told_late = (tmp_path / "told-late").read_text()
+    assert f"stored so far: {len(STEPS)} of {len(STEPS)}" in told_late, "counted when its turn to draw has come"
 
 
 def test_a_shard_without_a_checkpoint_gives_an_empty_table(tiny_run, tmp_path):

@@ -67,6 +67,9 @@ def test_every_family_in_every_format(family, tmp_path):
             written.check(source, plan)
             written.write(source, plan, target, 2**30, None)
             again = loaded(target)
+            if form == "hf":  # never the whole model with random numbers where nothing is stored
+                with pytest.raises(ValueError, match="trust_remote_code"):
+                    AutoModelForCausalLM.from_pretrained(target, trust_remote_code=False, local_files_only=True)
             with torch.no_grad():
                 found = again(ids, use_cache=False).logits
                 assert float((found - expected).abs().max() / expected.abs().max()) < 1e-5, (name, form)
@@ -256,3 +259,19 @@ def test_models_of_few_positions_are_probed_within_them():
     config = GPT2Config(vocab_size=50, n_positions=20, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
     found = proving.reference_of(AutoModelForCausalLM.from_config(config).eval(), proving.probe(50, 20), torch.float32)
     assert (found.logits.shape, found.tokens.shape) == ((2, 20, 50), (19,))
+
+
+@pytest.mark.parametrize(
+    ("model", "revision", "told"),
+    [
+        ("org/name", "step8", "--model org/name --revision step8 --plan"),
+        ("run", "checkpoint-8", "--model PATH/TO/run --revision checkpoint-8 --plan"),
+        ("llama", "llama", "--model PATH/TO/llama --plan"),
+    ],
+)
+def test_eval_of_a_gguf_says_what_measures_the_same_drop(model, revision, told, tmp_path, capsys):
+    plan = DropPlan(model, revision, None, None, None, "attn:1", "named", 3, (DroppedComponent("attn", 1),))
+    plan.write(tmp_path / "drop_plan.json")
+    (tmp_path / "model.gguf").touch()
+    assert cli.run(["eval", str(tmp_path)]) == 2
+    assert told in capsys.readouterr().err

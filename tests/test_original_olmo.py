@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from saved_models import CPU, ENGINES, apart, folder, refusal, score, state_of
-from transformers import LlamaConfig, LlamaForCausalLM, OlmoConfig, OlmoForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, OlmoConfig, OlmoForCausalLM
 
 import redundancy_trace as rt
 from redundancy_trace import cli
@@ -420,3 +420,18 @@ def test_a_sweep_over_it(loopback_hub, tmp_path, no_figures):
 def test_sizes_that_do_not_fit_each_other(change, told):
     with pytest.raises(CheckpointError, match=told):
         native_config(fields_of("olmo_7b") | {"multi_query_attention": None} | change, MADE / "config.json")
+
+
+@every_model
+def test_it_is_pruned_and_the_export_is_a_native_model(name, tmp_path, capsys):
+    """The last block has gone: Ai2's own code told what goes into it, and that is what the final norm gets."""
+    arguments = ["--drop", "block:2", "--format", "native", "--out", str(tmp_path / "out"), "--quiet"]
+    assert cli.run(["prune", "--model", str(MADE / name), *arguments]) == 0, capsys.readouterr().err
+    pruned, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values())
+    assert type(pruned) is (LlamaForCausalLM if name == "datadecide" else OlmoForCausalLM)
+    numbers, by_hand = recorded(name), native_by_hand(name)
+    with torch.no_grad():
+        found = pruned.eval()(torch.from_numpy(numbers["token_ids"]), use_cache=False).logits
+        expected = by_hand.lm_head(by_hand.model.norm(torch.from_numpy(numbers["hidden"][2])))
+    assert float((found - expected).abs().max() / expected.abs().max()) < 1e-5

@@ -42,8 +42,7 @@ def check_measurable(folder: Path, *, trust_remote_code: bool) -> None:
         plan = _json(folder / _PLAN)
         raise InputError(
             f"{folder} is an export for {engine}, which transformers does not run. Measure the same drop in the model "
-            f"it was made from: trace eval --model {plan.get('model') or 'MODEL'} --revision "
-            f"{plan.get('revision') or 'REVISION'} --plan {folder / _PLAN}."
+            f"it was made from: trace eval --model {_place(plan)} --plan {folder / _PLAN}."
         )
 
 
@@ -54,6 +53,13 @@ def _engine(folder: Path) -> str | None:
     if any(folder.glob("*.gguf")):
         return "llama.cpp"
     return "vLLM" if _json(folder / "config.json").get("model_type") == "nemotron-nas" else None
+
+
+def _place(plan: dict[str, Any]) -> str:
+    """Where a plan's model is, as far as the plan tells: of a folder it holds the name alone."""
+    model, revision = plan.get("model") or "MODEL", plan.get("revision") or "REVISION"
+    there = model if "/" in model or not plan.get("model") else f"PATH/TO/{model}"
+    return there if revision == model else f"{there} --revision {revision}"
 
 
 def _json(file: Path) -> dict[str, Any]:

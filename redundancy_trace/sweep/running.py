@@ -1,8 +1,8 @@
 """One sweep from the listing to the figures: list → calibrate → fetch and score → store → draw."""
 
 import json
-from collections.abc import Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -161,11 +161,12 @@ def _sweep(settings: TraceSettings, reporter: Reporter, places: Places) -> Sweep
     if not settings.keep:
         names = _stored_names(listing, work, folder)
         sweep_out(folder, listing, (c for c in listing.chosen if c.name in names))
-    finished = store.finished_parts(folder)
-    stored = sum(not task.parts_left(finished) for task in work)
-    if settings.shard is not None:
-        reporter.line(f"Table and figures show what is stored so far: {stored} of {len(work)} checkpoints.")
-    figures = _draw(run, listing, labels[0], reporter) if stored else ()
+    with _turn_to_draw(folder):
+        finished = store.finished_parts(folder)
+        stored = sum(not task.parts_left(finished) for task in work)
+        if settings.shard is not None:
+            reporter.line(f"Table and figures show what is stored so far: {stored} of {len(work)} checkpoints.")
+        figures = _draw(run, listing, labels[0], reporter) if stored else ()
     return SweepResult(folder, scored, kept, failures, figures, labels, plan, listing, stored)
 
 
@@ -271,18 +272,23 @@ def _with_commits(listing: Listing, remembered: dict[Any, str], revisions: str) 
     return again, failures
 
 
-def _draw(run: "Run", listing: Listing, calibration: str, reporter: Reporter) -> tuple[Path, ...]:
-    """Draw the figures, one process at a time, so that the last of several draws what all of them stored."""
+@contextmanager
+def _turn_to_draw(run: Path) -> Iterator[None]:
+    """One process at a time counts and draws, so that the last of several draws what all of them stored."""
+    if not (run / "scores").is_dir():
+        yield  # there is nothing to draw
+        return
     with suppress(OSError):  # told when the first figure is written
-        (run.folder / "figures").mkdir(parents=True, exist_ok=True)
-    with alone_in(run.folder / "figures"):
-        return _drawn(run, run.folder / "figures", listing, calibration, reporter)
+        (run / "figures").mkdir(exist_ok=True)
+    with alone_in(run / "figures"):
+        yield
 
 
-def _drawn(run: "Run", folder: Path, listing: Listing, calibration: str, reporter: Reporter) -> tuple[Path, ...]:
+def _draw(run: "Run", listing: Listing, calibration: str, reporter: Reporter) -> tuple[Path, ...]:
     """Draw the figures, unless what they show is what it was when all of them were drawn."""
     from redundancy_trace.store import finished_parts, read_distances, read_duplicates, read_scores, write_json
 
+    folder = run.folder / "figures"
     mark = folder / ".drawn.json"
     shown = {
         "scores": sorted(finished_parts(run.folder)),

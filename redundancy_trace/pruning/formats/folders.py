@@ -14,12 +14,17 @@ from redundancy_trace.weights import write_shards
 OnBytes = Callable[[int], None] | None
 
 
-def write_config(source: Source, config: Any, folder: Path, architecture: str | None = None) -> None:
+def write_config(
+    source: Source, config: Any, folder: Path, architecture: str | None = None, model_type: str | None = None
+) -> None:
     """Write config.json, with the dtype of the stored tensors, and copy the code that it names."""
     config = deepcopy(config)
     config.architectures = [architecture or source.class_name]
     config.dtype = str(source.stored_dtype).removeprefix("torch.")
-    text = json.dumps(json.loads(config.to_json_string(use_diff=True)), indent=2, ensure_ascii=False)
+    fields = json.loads(config.to_json_string(use_diff=True))
+    if model_type is not None:
+        fields["model_type"] = model_type
+    text = json.dumps(fields, indent=2, ensure_ascii=False)
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
     if source.has_own_code:
         for file in source.folder.glob("*.py"):
