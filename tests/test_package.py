@@ -19,6 +19,7 @@ ORDER = (
     "versions",
     "writing",
     "locking",
+    "heap",
     "metrics",
     "settings",
     "progress",

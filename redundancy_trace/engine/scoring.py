@@ -9,6 +9,7 @@ import torch
 from redundancy_trace.engine.streaming import score_folder
 from redundancy_trace.engine.whole import score_module
 from redundancy_trace.errors import CheckpointError, InputError
+from redundancy_trace.heap import keep_freed_memory
 from redundancy_trace.metrics import ModelScores
 from redundancy_trace.weights import ModelBuilder, WeightFiles, load_whole_model
 
@@ -90,6 +91,7 @@ def score_checkpoint(
         InputError: If the token ids do not fit the model.
     """
     kept = kept or ModelBuilder()
+    keep_freed_memory()
 
     def score(size: int) -> ModelScores:
         if engine == "stream":

@@ -1,9 +1,8 @@
 """Bytes: of a model's weights, of a KV cache as measured and by formula, and at the peak of a computation."""
 
-import ctypes
 import gc
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from redundancy_trace.blocks import ATTENTION_NAMES, find_layers
 from redundancy_trace.blocks.skipping import Skipped
+from redundancy_trace.heap import give_back_freed_memory
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
@@ -168,8 +168,7 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
 
 def _begin_resident() -> int | None:
     """The resident memory now, from which on the highest is counted."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)  # what the C library keeps of freed memory would hide the rise
+    give_back_freed_memory()  # what is kept of it would hide the rise
     try:
         _CLEAR.write_text(_RESET_PEAK, encoding="ascii")
     except OSError:

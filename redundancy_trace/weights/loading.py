@@ -5,13 +5,11 @@ loader at the end goes the public way and is the check of the rest.
 """
 
 import contextlib
-import ctypes
 import json
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from redundancy_trace.errors import CheckpointError, first_line
+from redundancy_trace.heap import give_back_freed_memory
 from redundancy_trace.weights.completeness import refuse_incomplete
 from redundancy_trace.weights.files import WeightFiles, open_weights
 from redundancy_trace.weights.original_olmo import is_original_olmo, native_config, native_weights
@@ -252,17 +251,7 @@ def release_(module: nn.Module) -> None:
             if parameter is not None and parameter.device.type != "meta":
                 empty = torch.empty_like(parameter, device="meta")
                 part._parameters[name] = nn.Parameter(empty, requires_grad=False)
-    if (trim := _trim()) is not None:
-        trim(0)
-
-
-@cache
-def _trim() -> Callable[[int], int] | None:
-    """Of glibc, which otherwise keeps pieces of what layers took: more, the more layers there were."""
-    try:
-        return ctypes.CDLL(None).malloc_trim
-    except (OSError, AttributeError, TypeError):  # another C library, or none to look in
-        return None
+    give_back_freed_memory()
 
 
 def load_whole_model(folder: Path, *, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:

@@ -1,0 +1,43 @@
+"""What the C library keeps of freed memory, and gives back."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+MEASURE = """
+import json, torch
+from pathlib import Path
+from redundancy_trace.heap import give_back_freed_memory, keep_freed_memory
+
+def resident():
+    line = next(one for one in Path("/proc/self/status").read_text().splitlines() if one.startswith("RssAnon:"))
+    return int(line.split()[1]) // 1024
+
+keep_freed_memory()
+torch.ones(1)
+before = resident()
+some = [torch.ones(10 * 2**20) for _ in range(5)]  # 40 MiB each
+pin = torch.ones(1000)  # what stays at the end of the heap
+del some
+freed = resident()
+give_back_freed_memory()
+print(json.dumps([freed - before, resident() - before]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
+def test_freed_memory_is_kept_until_it_is_given_back():
+    told = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True).stdout
+    kept, left = json.loads(told)
+    assert kept > 150, "MiB, of 200"
+    assert left < 20
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
+def test_what_the_environment_sets_stays():
+    command = f"import os; os.environ['MALLOC_TRIM_THRESHOLD_'] = '131072'\n{MEASURE}"
+    environment = {"MALLOC_TRIM_THRESHOLD_": "131072"}
+    told = subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True, check=True)
+    assert json.loads(told.stdout)[0] < 20
