@@ -5,6 +5,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -110,3 +111,4 @@ def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     from redundancy_trace.sweep import running
 
     monkeypatch.setattr(running, "_draw", lambda *_: ())
+    monkeypatch.setattr(running, "_turn_to_draw", nullcontext)
