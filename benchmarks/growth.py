@@ -26,7 +26,7 @@ _CHECKPOINTS = 558
 _LAYERS = 32
 _ROUNDS = 2
 # Seconds from the start of the process to its end.
-_BOUNDS = {"resume": 2.0, "read_scores": 2.0, "trace stats": 10.0, "trace plot": 10.0}
+_BOUNDS = {"resume": 2.0, "read_scores": 2.0, "trace stats": 3.0, "trace plot": 10.0}
 
 
 @dataclass(frozen=True)

@@ -69,8 +69,8 @@ def shared_layers(places: Counts, last: Counts) -> Counts:
     worse = np.maximum(places, last)  # a layer is shared from this k on
     n_layers = worse.shape[-1]
     rows = worse.reshape(-1, n_layers)
-    counts = np.zeros(rows.shape, dtype=np.int64)
-    np.add.at(counts.reshape(-1), rows + n_layers * np.arange(len(rows))[:, None], 1)
+    cells = rows + n_layers * np.arange(len(rows))[:, None]
+    counts = np.bincount(cells.reshape(-1), minlength=rows.size).reshape(rows.shape)
     return counts.cumsum(axis=1).reshape(worse.shape)
 
 

@@ -47,7 +47,7 @@ def stats_command(
         failed=[LeftOut(one["revision"], f"could not be scored: {one['reason']}") for one in read_failures(folder)],
     )
     content = stats.to_json()
-    write_json(folder / "stats.json", content)
+    write_json(folder / "stats.json", content, indent=None)
     if as_json:
         typer.echo(json.dumps(content, indent=1))
     else:
