@@ -26,7 +26,7 @@ _CHECKPOINTS = 558
 _LAYERS = 32
 _ROUNDS = 2
 # Seconds from the start of the process to its end.
-_BOUNDS = {"resume": 2.0, "read_scores": 2.0, "trace stats": 3.0, "trace plot": 10.0}
+_BOUNDS = {"resume": 2.0, "read_scores": 2.0, "trace stats": 3.0, "heatmaps": 10.0, "all figures": 20.0}
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,8 @@ def _grown(count: int, layers: int, rounds: int) -> _Grown:
             "resume": ["-c", _COMMAND, *sweep],
             "read_scores": ["-c", "import redundancy_trace as rt; rt.read_scores('run')"],
             "trace stats": ["-c", _COMMAND, "stats", "run"],
-            "trace plot": ["-c", _COMMAND, "plot", "run"],
+            "heatmaps": ["-c", _COMMAND, "plot", "run", "--figure", "importance"],
+            "all figures": ["-c", _COMMAND, "plot", "run"],
         }
         _run(commands["resume"], folder, environment)  # draws the figures, which a sweep that has nothing to do leaves
         seconds = {

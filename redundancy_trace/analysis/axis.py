@@ -50,7 +50,7 @@ def training_axis(scores: pl.DataFrame) -> Axis:
         >>> training_axis(frame).values
         (0.0, 1.0, 512.0)
     """
-    return _axis(ordered(checked(scores)))
+    return axis_of(ordered(checked(scores)))
 
 
 def is_log_spaced(values: Sequence[float]) -> bool:
@@ -73,7 +73,8 @@ def is_log_spaced(values: Sequence[float]) -> bool:
     return _variation(ratios) < _variation(differences) or (early >= 2 and early > len(positive) / 20)
 
 
-def _axis(order: pl.DataFrame) -> Axis:
+def axis_of(order: pl.DataFrame) -> Axis:
+    """As `training_axis`, of checkpoints as `ordered` gives them."""
     names = tuple("?" if name is None else str(name) for name in order["revision"])
     steps: list[int | None] = order["step"].to_list()
     labels: list[int | None] = order["tokens"].to_list()

@@ -8,7 +8,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from redundancy_trace.analysis.axis import Axis, training_axis
+from redundancy_trace.analysis.axis import Axis, axis_of
 from redundancy_trace.analysis.duplicates import leave_out_duplicates
 from redundancy_trace.analysis.frames import checked, ordered, place_of, values_of
 from redundancy_trace.analysis.ranks import Array, Counts, drop_places
@@ -122,10 +122,13 @@ def main_series(scores: pl.DataFrame, duplicates: pl.DataFrame | None = None) ->
                 "its name tells no place in training" if key is None else f"of another series ({_named(key, members)})"
             )
             left.append(LeftOut(row["revision"], why))
-    inside = pl.Series([key == chosen for key in keys])
-    within = kept.join(order.filter(inside), on=["revision", "commit"], how="semi", nulls_equal=True)
+    inside = [key == chosen for key in keys]
+    within = kept
+    if not all(inside):
+        within = kept.join(order.filter(inside), on=["revision", "commit"], how="semi", nulls_equal=True)
+        order = ordered(within)
     name = _named(chosen, members) if chosen is not None and len(members) > 1 else ""
-    return Series(ordered(within), training_axis(within), importance_grids(within), name, tuple(left))
+    return Series(order, axis_of(order), importance_grids(within), name, tuple(left))
 
 
 def importance_grids(rows: pl.DataFrame) -> dict[str, Grid]:
@@ -205,7 +208,7 @@ def _told(component: str, wrong: NDArray[np.bool_], what: str, layers: list[int]
 
 def _repeating(kept: pl.DataFrame, duplicates: pl.DataFrame) -> list[LeftOut]:
     """The duplicates that no row is left of, scored or not."""
-    there = set(kept["revision"].to_list())
+    there = set(kept["revision"].unique())
     named = duplicates.select("revision", "duplicate_of", "partial").rows()
     return [
         LeftOut(name, f"repeats {'a part of ' if partial else ''}the weights of {other}")

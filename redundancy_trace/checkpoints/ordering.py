@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Literal
 
 from redundancy_trace.checkpoints.names import parse_name
@@ -44,6 +45,7 @@ def stage_of(checkpoint: Checkpoint) -> tuple[object, ...]:
     return part_key(checkpoint.name), checkpoint.stage or 0
 
 
+@lru_cache(maxsize=4096)  # every table and figure of a run asks for the same names
 def part_key(name: str) -> tuple[tuple[bool, int, str], ...]:
     """The named part of the training that a checkpoint's name tells, in a form that sorts; none before any.
 

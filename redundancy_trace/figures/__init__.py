@@ -69,7 +69,7 @@ from redundancy_trace.figures.quality import (
     plot_tradeoffs,
     tradeoff_values,
 )
-from redundancy_trace.figures.style import FORMATS, WIDTHS, PaperFigure, Width, head, paper_style, title
+from redundancy_trace.figures.style import FORMATS, STYLE, WIDTHS, PaperFigure, Width, head, paper_style, title
 from redundancy_trace.figures.training import over_training, training_scale
 from redundancy_trace.figures.trends import (
     model_values,
@@ -450,6 +450,10 @@ def _written(
         folder.mkdir(parents=True, exist_ok=True)
         with paper_style():
             figure = draw()
+            # Arranged once for all formats, as it is printed: that takes as long as drawing.
+            figure.set_dpi(STYLE["savefig.dpi"])
+            figure.draw_without_rendering()
+            figure.set_layout_engine("none")
             for form in formats:
                 save = partial(figure.savefig, format=form, metadata=FORMATS[form])
                 written.append(write_whole(folder / f"{name}.{form}", save))

@@ -73,31 +73,10 @@ def plot_depth(
     """
     kind = layer_metric(metric)
     values = metric_values(scores, metric, component)
-    # One axis for all components, so that their pictures can be laid side by side.
-    reach = _reach(metric_values(scores, metric)["value"].drop_nulls().to_numpy(), kind)
+    everywhere = metric_values(scores, metric)["value"]
     scale = training_scale(training_axis(scores))
     with axes_or_new(ax, height=2.6) as on:
-        colours = progress(scale)
-        shades = colours.to_rgba(scale.spread(scale.values))
-        by_checkpoint = values.partition_by("order", as_dict=True, maintain_order=True)
-        lines = []
-        for (order,), one in by_checkpoint.items():
-            x, y = one["layer"].to_numpy(), one["value"].fill_null(float("nan")).to_numpy()
-            lines.append(np.column_stack((x, y)))
-            if len(by_checkpoint) <= MOST_BANDS and one["stderr"].null_count() < one.height:
-                error = one["stderr"].fill_null(0.0).to_numpy()
-                on.fill_between(x, y - error, y + error, color=shades[order], alpha=0.25, linewidth=0)
-        shades = shades[[order for (order,) in by_checkpoint]]
-        on.add_collection(LineCollection(lines, colors=shades, linewidths=0.9 if len(lines) < 40 else 0.5))
-        if values["layer"].n_unique() == 1:
-            for line, shade in zip(lines, shades, strict=True):
-                on.plot(line[:, 0], line[:, 1], "o", color=shade, markersize=3)
-        on.autoscale_view()
-        on.xaxis.set_major_locator(FixedLocator(layer_ticks(0, int(values["layer"].to_numpy().max()))))
-        on.set_xlabel("layer")
-        on.set_ylabel(kind.label)
-        if reach is not None:
-            _spread_out(on, kind, reach)
+        colours = _draw_depth(on, values, kind, everywhere, scale)
         on.set_title(title(scores, component_label(component)) if ax is None else component_label(component))
         if colorbar and on.figure is not None and len(scale.axis.values) > 1:
             room: dict[str, Any] = {}
@@ -122,13 +101,15 @@ def plot_depths(scores: pl.DataFrame, *, metric: str = "cosine_similarity", widt
         InputError: If the metric is not in the scores.
     """
     kind = layer_metric(metric)
-    there = metric_values(scores, metric)["component"].unique().to_list()
-    components = [name for name in COMPONENTS if name in there]
+    values = metric_values(scores, metric)
+    parts = values.partition_by("component", as_dict=True, maintain_order=True)
+    components = [name for name in COMPONENTS if (name,) in parts]
     scale = training_scale(training_axis(scores))
     with paper_style():
         figure, panels = panel_row(len(components), width, 2.3 if width == "page" else 1.9, sharex=True, sharey=True)
         for ax, component in zip(panels, components, strict=True):
-            plot_depth(scores, component=component, metric=metric, ax=ax, colorbar=False)
+            _draw_depth(ax, parts[component,], kind, values["value"], scale)
+            ax.set_title(component_label(component))
         outer_labels(panels, width)
         what = f"{kind.name.replace('_', ' ')} over depth"
         if len(scale.axis.values) > 1:
@@ -172,6 +153,35 @@ def plot_loss(scores: pl.DataFrame, *, ax: Axes | None = None) -> Axes:
         on.set_ylabel(LOSS.label)
         on.set_title(title(scores, over_training(scores, scale, "loss")) if ax is None else "Loss")
         return on
+
+
+def _draw_depth(
+    on: Axes, values: pl.DataFrame, kind: Metric, everywhere: pl.Series, scale: TrainingScale
+) -> ScalarMappable:
+    """Lines of one component; the y axis is that of the values of all, so that pictures can be laid side by side."""
+    reach = _reach(everywhere.drop_nulls().to_numpy(), kind)
+    colours = progress(scale)
+    shades = colours.to_rgba(scale.spread(scale.values))
+    by_checkpoint = values.partition_by("order", as_dict=True, maintain_order=True)
+    lines = []
+    for (order,), one in by_checkpoint.items():
+        x, y = one["layer"].to_numpy(), one["value"].fill_null(float("nan")).to_numpy()
+        lines.append(np.column_stack((x, y)))
+        if len(by_checkpoint) <= MOST_BANDS and one["stderr"].null_count() < one.height:
+            error = one["stderr"].fill_null(0.0).to_numpy()
+            on.fill_between(x, y - error, y + error, color=shades[order], alpha=0.25, linewidth=0)
+    shades = shades[[order for (order,) in by_checkpoint]]
+    on.add_collection(LineCollection(lines, colors=shades, linewidths=0.9 if len(lines) < 40 else 0.5))
+    if values["layer"].n_unique() == 1:
+        for line, shade in zip(lines, shades, strict=True):
+            on.plot(line[:, 0], line[:, 1], "o", color=shade, markersize=3)
+    on.autoscale_view()
+    on.xaxis.set_major_locator(FixedLocator(layer_ticks(0, int(values["layer"].to_numpy().max()))))
+    on.set_xlabel("layer")
+    on.set_ylabel(kind.label)
+    if reach is not None:
+        _spread_out(on, kind, reach)
+    return colours
 
 
 def _reach(values: Array, metric: Metric) -> Limits | None:
