@@ -187,8 +187,9 @@ def _draw(ax: Axes, values: pl.DataFrame, limits: Limits, metric: str) -> QuadMe
     cells = np.full((depth, depth), np.nan)
     cells[counts - 1, layers] = values["value"].fill_null(np.nan).to_numpy()
     edges = np.arange(depth + 1) - 0.5, np.arange(depth + 1) + 0.5
+    colours = colour_map(DISTANCE_METRICS[metric])
     mesh = ax.pcolormesh(
-        *edges, np.ma.masked_invalid(cells), cmap=colour_map(DISTANCE_METRICS[metric]), vmin=limits[0], vmax=limits[1]
+        *edges, np.ma.masked_invalid(cells), cmap=colours, vmin=limits[0], vmax=limits[1], rasterized=True
     )
     least = values.filter("least")
     ax.plot(least["layer"], least["n_layers"], **DOT)

@@ -216,7 +216,8 @@ def _draw(ax: Axes, rows: pl.DataFrame, *, few: bool = False) -> None:
     cells = np.full((len(layers) + 1, count), np.nan)
     cells[:, layers] = np.arange(len(layers) + 1)[:, None] >= places
     edges = np.arange(count + 1) - 0.5, np.arange(len(layers) + 2) - 0.5
-    ax.pcolormesh(*edges, np.ma.masked_invalid(cells), cmap=ListedColormap([RETAINED, DROPPED]), vmin=0, vmax=1)
+    colours = ListedColormap([RETAINED, DROPPED])
+    ax.pcolormesh(*edges, np.ma.masked_invalid(cells), cmap=colours, vmin=0, vmax=1, rasterized=True)
     ax.xaxis.set_major_locator(FixedLocator(layer_ticks(0, count - 1, 4 if few else 8)))
     ax.yaxis.set_major_locator(MaxNLocator(4 if few else 8, integer=True))
 
