@@ -432,7 +432,7 @@ def test_the_loss_of_a_long_sequence_is_computed_in_pieces(family, monkeypatch):
 
 
 @every_family
-def test_head_runs_once_a_sequence(family, monkeypatch):
+def test_head_runs_once_for_the_sequences_that_there_is_room_for(family, monkeypatch):
     """Whatever form the model's layers return: it is found out on the probe, not by failing again and again."""
     calls = []
     build = ModelBuilder.build
@@ -443,8 +443,12 @@ def test_head_runs_once_a_sequence(family, monkeypatch):
         return empty
 
     monkeypatch.setattr(ModelBuilder, "build", kept_build)
-    score(folder(family), ids=token_ids(3))
-    assert len(calls) == 3
+    together = score(folder(family), ids=token_ids(3))
+    assert len(calls) == 1
+    monkeypatch.setattr(engine_sums, "LOGITS", LENGTH * VOCAB)
+    apart = score(folder(family), ids=token_ids(3))
+    assert len(calls) == 1 + 3
+    assert loss_of(apart) == pytest.approx(loss_of(together), abs=1e-6)
 
 
 @both_engines

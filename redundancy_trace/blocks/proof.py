@@ -25,7 +25,7 @@ from redundancy_trace.blocks.states import (
 from redundancy_trace.errors import CheckpointError
 
 MLP_NAMES = ("mlp", "ffn", "feed_forward", "block_sparse_moe", "fc2")
-PROBE_TOKENS = 64
+PROBE_TOKENS = 16
 _NOISE_SEED = 20240622
 # Share of the largest number by which a tensor must change to count as disturbed: far above what a GPU's order of
 # summation does, far below what noise of the scale of x does.

@@ -309,19 +309,21 @@ def _add_state(distances: DistanceSums, states: HiddenStates) -> None:
 def _add_loss(surroundings: _Surroundings, batch: Tensor, original: Tensor, state: Tensor, loss: LossSums) -> None:
     """Final norm and head on the last state, in pieces of the sequences: logits are the largest tensor of all."""
     vocabulary = surroundings.model.get_output_embeddings().weight.shape[0]
-    last = batch.shape[1] - 1  # no token follows it
+    length = batch.shape[1]
     tokens = max(1, most_logits(state.device) // vocabulary)
-    step, together = min(tokens, last), max(1, tokens // last) if state.is_cuda else 1
+    step, together = min(tokens, length), max(1, tokens // length)
 
     def logits_of(some: slice, start: int) -> tuple[Tensor, Tensor]:
-        here = slice(start, min(start + step, last))
+        here = slice(start, min(start + step, length))
         # The layers do not run: all that is left treats each token by itself.
         dry = surroundings.run(batch[some, here], answer=state[some, here], head=True)
-        return dry.output, original[some, here.start + 1 : here.stop + 1]
+        following = original[some, here.start + 1 : here.stop + 1]
+        # No token follows the last one. It is run all the same: products of 511 rows take longer than of 512.
+        return dry.output[:, : following.shape[1]], following
 
     for first in range(0, len(batch), together):
         some = slice(first, first + together)
-        loss.add_sequences(logits_of(some, start) for start in range(0, last, step))
+        loss.add_sequences(logits_of(some, start) for start in range(0, length - 1, step))
 
 
 def _same(a: Any, b: Any) -> bool:
