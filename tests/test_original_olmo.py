@@ -122,7 +122,8 @@ def test_computes_what_ai2s_own_code_computed(name, load):
         output = model(torch.tensor(expected["token_ids"]), output_hidden_states=True)
     hidden = torch.stack(output.hidden_states).numpy()
     assert hidden.shape == expected["hidden"].shape == (4, 3, 24, 32)
-    assert np.abs(hidden - expected["hidden"]).max() < 3e-6
+    # Processors add in orders of their own: up to 3.3e-6 was seen, of states up to 5.
+    assert np.abs(hidden - expected["hidden"]).max() < 1e-5
     assert np.abs(output.logits.numpy() - expected["logits"]).max() < 1e-5
     assert np.abs(expected["logits"]).max() > 5  # no fresh model, of which everything is near 0
 
