@@ -56,7 +56,7 @@ def score_apart(folders: Sequence[Path], ids: np.ndarray, *, dtype: str = "float
         folders: The checkpoints.
         ids: Calibration, shape (N, T).
         dtype: Compute dtype.
-        engine: `stream` or `whole`; or `naive`, the three passes of `benchmarks.naive` over the loaded model.
+        engine: `stream` or `whole`; or `naive`, one of the three passes of `benchmarks.naive` over the loaded model.
 
     Raises:
         RuntimeError: The process failed; says what it printed.
@@ -142,11 +142,13 @@ def _scoring(dtype: "torch.dtype", engine: str) -> Run:
 def _naive(dtype: "torch.dtype", _engine: str) -> Run:
     import torch
 
-    from benchmarks.naive import naive_similarities
+    from benchmarks.naive import naive_pass
     from redundancy_trace.weights import load_whole_model
 
     def run(folder: Path, ids: np.ndarray) -> None:
-        naive_similarities(load_whole_model(folder, device=torch.device("cpu"), dtype=dtype), ids)
+        model = load_whole_model(folder, device=torch.device("cpu"), dtype=dtype)
+        with torch.inference_mode():
+            naive_pass(model, torch.as_tensor(ids), "block")
 
     return run
 

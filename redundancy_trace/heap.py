@@ -2,7 +2,8 @@
 
 By itself glibc hands what a batch frees back to the system, and has every page of the next batch faulted in anew: 5 to
 8 % of the time of a forward on the CPU. What it keeps instead is scattered between small blocks, and grows with the
-number of layers unless it is trimmed. With another C library nothing here does anything.
+number of layers unless it is trimmed. Threads share one heap: of the others, what is free at the end is never given
+back, and each checkpoint's layers are read by another thread. With another C library nothing here does anything.
 """
 
 import ctypes
@@ -13,7 +14,7 @@ from functools import cache
 # Blocks up to this size come from the heap, and so much may be free at its end before it shrinks by itself.
 _BLOCK_BYTES, _FREE_BYTES = 64 * 2**20, 256 * 2**20
 # Of malloc.h.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 
 
 @cache
@@ -24,6 +25,7 @@ def keep_freed_memory() -> None:
     if (mallopt := _glibc("mallopt")) is not None:
         mallopt(_M_MMAP_THRESHOLD, _BLOCK_BYTES)
         mallopt(_M_TRIM_THRESHOLD, _FREE_BYTES)
+        mallopt(_M_ARENA_MAX, 1)
 
 
 def give_back_freed_memory() -> None:

@@ -25,6 +25,21 @@ freed = resident()
 give_back_freed_memory()
 print(json.dumps([freed - before, resident() - before]))
 """
+THREADS = """
+import threading
+def work():
+    some = [torch.ones(2**20) for _ in range(5)]  # 4 MiB each
+    del some
+before = resident()
+for _ in range(8):
+    together = [threading.Thread(target=work) for _ in range(4)]
+    for thread in together:
+        thread.start()
+    for thread in together:
+        thread.join()
+give_back_freed_memory()
+print(json.dumps(resident() - before))
+"""
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
@@ -33,6 +48,13 @@ def test_freed_memory_is_kept_until_it_is_given_back():
     kept, left = json.loads(told)
     assert kept > 150, "MiB, of 200"
     assert left < 20
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
+def test_what_threads_freed_is_given_back_too():
+    """A run has a thread of its own read each checkpoint's layers: memory would grow with their number."""
+    told = subprocess.run([sys.executable, "-c", MEASURE + THREADS], capture_output=True, text=True, check=True).stdout
+    assert json.loads(told.splitlines()[-1]) < 10, "MiB"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="of glibc")

@@ -62,7 +62,7 @@ def prove(
             output is not finite.
     """
     if any(p.is_floating_point() and p.dtype != torch.float32 for p in layer.parameters()):
-        layer = deepcopy(layer).float()
+        layer = _float32_copy(layer)
     x, args, kwargs = _in_float32(x), _in_float32(args), _in_float32(kwargs)
     generator = torch.Generator().manual_seed(_NOISE_SEED)
     # A zero input (padding rows of a fresh model) still needs noise that can be seen.
@@ -142,6 +142,15 @@ def _sublayer_names(layer: nn.Module, index: int, clean: _Pass) -> tuple[str, st
                 f"{', '.join(children)}; known names are {', '.join(known)}. {_REFUSED}"
             )
     return attn[0], mlp[-1]
+
+
+def _float32_copy(layer: nn.Module) -> nn.Module:
+    # `deepcopy(layer).float()` would hold the weights a third time, in their own dtype.
+    memo: dict[int, Any] = {
+        id(one): nn.Parameter(one.float(), requires_grad=False) for one in layer.parameters() if one.is_floating_point()
+    }
+    memo |= {id(one): one.float() for one in layer.buffers() if one.is_floating_point()}
+    return deepcopy(layer, memo)
 
 
 def _in_float32(value: Any) -> Any:

@@ -106,6 +106,7 @@ class EmptyModel:
             for module, parameters in before:
                 module._parameters.update(parameters)
             embedding.padding_idx = padding
+            give_back_freed_memory()
 
     def stored_names(self, module_name: str) -> tuple[str, ...]:
         """Stored names of the tensors that fill the parameters of the submodule `module_name`."""
