@@ -17,6 +17,7 @@ from redundancy_trace.pruning.cards import Effect, Sizes, model_card
 from redundancy_trace.pruning.planning import Text, plan_for, text_of
 from redundancy_trace.pruning.plans import DropPlan
 from redundancy_trace.pruning.proving import Proof, Reference, probe, proof_dtype, reference_of
+from redundancy_trace.pruning.selecting import parse_spec
 from redundancy_trace.settings import DTYPES, parse_bytes
 from redundancy_trace.writing import PART, STRAY_AFTER_SECONDS, part_of
 
@@ -144,6 +145,7 @@ def prune(
             tokenizer=tokenizer,
         )
         source = open_source(checkpoint.folder, trust_remote_code=trust_remote_code)
+        written.check_request(source, None if drop is None else parse_spec(drop))
         chosen = plan_for(
             checkpoint,
             len(source.layers),
