@@ -90,7 +90,7 @@ def pruned(tmp_path, *arguments, source=None, out=None):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A Llama in bfloat16 with all that a published checkpoint has beside its weights; no more positions than probed."""
+    """A Llama in bfloat16 of few positions, with all that a published checkpoint has beside its weights."""
     path = tmp_path_factory.mktemp("whole") / "llama"
     byte_level_tokenizer().save_pretrained(path)
     torch.manual_seed(0)
@@ -289,9 +289,9 @@ def test_iterative_plans_score_on_the_runs_own_text(tiny_run, scored_run, planne
 
 
 def test_a_run_without_scores_of_the_checkpoint_says_what_makes_them(tiny_run, scored_run, planned):
-    with pytest.raises(rt.InputError, match="no scores of checkpoint-4 at commit .*--revisions checkpoint-4 --out"):
+    with pytest.raises(rt.InputError, match=r"no scores of checkpoint-4 at commit .*--revisions checkpoint-4 --out"):
         planned(tiny_run, "checkpoint-4", drop="attn=1", scores=scored_run)
-    with pytest.raises(rt.InputError, match="The run is of tiny-run.*, not of llama .*: trace --model llama"):
+    with pytest.raises(rt.InputError, match=r"The run is of tiny-run.*, not of llama .*: trace --model llama"):
         planned(folder("llama"), drop="attn=1", scores=scored_run)
 
 

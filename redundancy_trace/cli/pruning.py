@@ -21,8 +21,8 @@ def prune_command(
         str | None,
         typer.Option(
             "--format",
-            help="native (whole blocks, a stock model), zeroed (anything, stock, not faster), hf (anything, faster, "
-            "with a file of code), nemotron-nas (Llama-shaped, for vLLM), gguf (Llama-shaped, for llama.cpp); required.",
+            help="Required: native (whole blocks, a stock model), zeroed (anything, stock, not faster), hf (anything, "
+            "faster, with a file of code), nemotron-nas (Llama-shaped, for vLLM), gguf (Llama-shaped, for llama.cpp).",
             show_default=False,
         ),
     ] = None,
