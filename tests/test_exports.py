@@ -12,6 +12,7 @@ from families import FAMILIES, token_ids
 from safetensors import safe_open
 from saved_models import built, byte_level_tokenizer, folder, save
 from skipping_by_hand import logits_without
+from tiny_runs import branches
 from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config, LlamaConfig
 
 import redundancy_trace as rt
@@ -286,6 +287,27 @@ def test_iterative_plans_score_on_the_runs_own_text(tiny_run, scored_run, planne
     expected = drop_one_by_one(parse_spec("joint=2"), rt.load_model(tiny_run, LAST), ids)
     found = planned(tiny_run, LAST, drop="joint=2", order="iterative", scores=scored_run)
     assert (found.order, found.components) == ("iterative", expected)
+
+
+@pytest.mark.slow
+def test_any_revision_of_a_repository_is_pruned_by_one_command(loopback_hub, tiny_run, tmp_path, monkeypatch):
+    """Its tokenizer is on `main` alone; what was fetched is let go."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    loopback_hub.add_repo("me/model", revisions=branches(tiny_run))
+    on_text = ("--calibration", "pydoc", "--samples", "4", "--sequence-length", "32")
+    asked = ("--revision", "step2", "--endpoint", loopback_hub.url, "--format", "hf", "--drop", "attn=1", *on_text)
+    code, out = pruned(tmp_path, *asked, source="me/model")
+    assert code == 0
+    plan, commit = rt.read_plan(out / "drop_plan.json"), loopback_hub.commit("me/model", "step2")
+    assert (plan.model, plan.revision, plan.commit) == ("me/model", "step2", commit)
+    card = (out / "README.md").read_text()
+    assert "base_model: me/model" in card
+    assert commit in card
+    ids = torch.from_numpy(token_ids(1, vocab=320))
+    model = rt.load_model(tiny_run, "checkpoint-2", device="cpu")
+    assert torch.equal(loaded(out)(ids).logits, rt.drop_(model, plan)(ids).logits)
+    assert (out / "tokenizer.json").is_file()
+    assert not list((tmp_path / "cache" / "redundancy-trace").iterdir())
 
 
 def test_a_run_without_scores_of_the_checkpoint_says_what_makes_them(tiny_run, scored_run, planned):
