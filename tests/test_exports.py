@@ -290,6 +290,22 @@ def test_iterative_plans_score_on_the_runs_own_text(tiny_run, scored_run, planne
 
 
 @pytest.mark.slow
+def test_an_export_with_code_is_pruned_again_where_its_code_may_run(tmp_path, capsys):
+    once, twice = tmp_path / "out", tmp_path / "twice"
+    assert pruned(tmp_path, "--format", "hf", "--drop", "attn:0")[0] == 0
+    assert '"FOLDER", trust_remote_code=True' in (once / "README.md").read_text()
+    again = ("--format", "zeroed", "--drop", "mlp:2")
+    assert pruned(tmp_path, *again, source=once, out=twice)[0] == 1
+    assert "--trust-remote-code" in capsys.readouterr().err
+    assert pruned(tmp_path, *again, "--trust-remote-code", source=once, out=twice)[0] == 0
+    assert '"FOLDER", trust_remote_code=True' in (twice / "README.md").read_text()
+    ids = torch.from_numpy(token_ids(1))
+    expected = logits_without(built("llama"), ids, {0: {"attn"}, 2: {"mlp"}})
+    with torch.no_grad():
+        assert torch.allclose(loaded(twice)(ids).logits, expected, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.slow
 def test_any_revision_of_a_repository_is_pruned_by_one_command(loopback_hub, tiny_run, tmp_path, monkeypatch):
     """Its tokenizer is on `main` alone; what was fetched is let go."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

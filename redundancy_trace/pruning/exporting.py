@@ -202,7 +202,10 @@ def _exported(
             sizes = Sizes(
                 (whole.n_parameters, proof.n_parameters), (whole.cache_bytes, proof.cache_bytes), reference.dtype
             )
-            card = model_card(plan, checkpoint.model, checkpoint.commit, form, proof, sizes, effect)
+            brings_code = form == "hf" or source.has_own_code
+            card = model_card(
+                plan, checkpoint.model, checkpoint.commit, form, proof, sizes, effect, brings_code=brings_code
+            )
             (inside / "README.md").write_text(card, encoding="utf-8")
             plan.write(inside / "drop_plan.json")
             inside.rename(target)
