@@ -253,7 +253,9 @@ def test_the_last_checkpoint_counts_and_how_many_are_like_it_is_told():
 def test_of_equal_drops_on_two_texts_the_one_of_more_checkpoints_counts():
     drops = {"attn": {2: 0.1}, "mlp": {2: 0.5}, "block": {2: 0.7}}
     along = [measured(drops, at=step) for step in STEPS[-2:]]
-    curve = measured({**drops, "attn": {2: 0.4}, "joint": {2: 0.1}}, purpose="curve").with_columns(dataset=pl.lit("another 4x8"))
+    curve = measured({**drops, "attn": {2: 0.4}, "joint": {2: 0.1}}, purpose="curve").with_columns(
+        dataset=pl.lit("another 4x8")
+    )
     for rows in ([curve, *along], [*along, curve]):
         check, _ = droppable(*rows)
         assert check.answer == "yes"
