@@ -291,7 +291,7 @@ def test_no_network_is_told_soon(tmp_path, capsys):
     started = time.monotonic()
     told = refused(["--model", "me/model", "--endpoint", url], capsys, tmp_path / "run")
     assert time.monotonic() - started < 10
-    for word in (f"Cannot reach {url}", "--endpoint", "HF_ENDPOINT", "--offline"):
+    for word in (f"Cannot reach {url}", "--endpoint", "HF_ENDPOINT", "--offline", "no folder me/model here either"):
         assert word in told
 
 

@@ -5,18 +5,21 @@ import os
 import shutil
 from importlib import import_module
 
+import numpy as np
 import pytest
 import torch
 from families import FAMILIES, token_ids
 from safetensors import safe_open
 from saved_models import built, byte_level_tokenizer, folder, save
 from skipping_by_hand import logits_without
+from tiny_runs import branches
 from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config, LlamaConfig
 
 import redundancy_trace as rt
 from redundancy_trace import cli
 from redundancy_trace.blocks import find_layers
-from redundancy_trace.pruning import DroppedComponent, DropPlan, proving
+from redundancy_trace.pruning import DroppedComponent, DropPlan, parse_spec, proving
+from redundancy_trace.pruning.iterating import drop_one_by_one
 from redundancy_trace.pruning.reload import greedy
 from redundancy_trace.pruning.sources import open_source
 
@@ -28,6 +31,8 @@ DROPS = {
     "joint": (("attn", 0), ("mlp", 1), ("attn", -1)),
 }
 NEW_TOKENS = 32
+LAST = "checkpoint-8"
+ON_TEXT = {"calibration": "pydoc", "samples": 4, "sequence_length": 32}
 
 
 def plan_of(model, components):
@@ -86,14 +91,14 @@ def pruned(tmp_path, *arguments, source=None, out=None):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A Llama in bfloat16 with all that a published checkpoint has beside its weights."""
+    """A Llama in bfloat16 of few positions, with all that a published checkpoint has beside its weights."""
     path = tmp_path_factory.mktemp("whole") / "llama"
     byte_level_tokenizer().save_pretrained(path)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(
         LlamaConfig(
             vocab_size=288, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
-            num_key_value_heads=2, bos_token_id=0, eos_token_id=0,
+            num_key_value_heads=2, bos_token_id=0, eos_token_id=0, max_position_embeddings=64,
         )
     )  # fmt: skip
     save(model.to(torch.bfloat16), path)
@@ -192,10 +197,18 @@ def test_trace_prune_proves_in_a_fresh_process(form, drop, whole, tmp_path, caps
         assert held["model.layers.1.mlp.down_proj.weight"].any()
 
 
+def computes_nothing(monkeypatch):
+    for name in ("weights.load_whole_model", "engine.score_checkpoint"):
+        monkeypatch.setattr(f"redundancy_trace.{name}", None)
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
         (["--format", "native", "--drop", "attn:1"], "leaves out whole blocks"),
+        (["--format", "native", "--drop", "attn=1"], "--drop block=2"),
+        (["--format", "native", "--drop", "mlp<0.1"], "leaves out whole blocks"),
+        (["--drop", "attn:1"], "one of native, zeroed, hf, nemotron-nas, gguf"),
         (["--format", "hff", "--drop", "attn:1"], "Did you mean hf"),
         (["--format", "hf"], "Either --drop or --plan"),
         (["--format", "hf", "--drop", "attn:7"], "layer"),
@@ -209,7 +222,7 @@ def test_trace_prune_proves_in_a_fresh_process(form, drop, whole, tmp_path, caps
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_computed(arguments, told, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("redundancy_trace.weights.load_whole_model", None)
+    computes_nothing(monkeypatch)
     code, _ = pruned(tmp_path, *arguments)
     said = capsys.readouterr().err
     assert code == 2
@@ -218,12 +231,106 @@ def test_what_cannot_be_is_refused_before_anything_is_computed(arguments, told, 
     assert not any(tmp_path.iterdir())
 
 
-def test_families_that_a_format_cannot_express_are_refused(tmp_path, capsys):
+def test_families_that_a_format_cannot_express_are_refused(tmp_path, capsys, monkeypatch):
+    computes_nothing(monkeypatch)
     for form in ("nemotron-nas", "gguf"):
-        code, out = pruned(tmp_path, "--format", form, "--drop", "attn:1", source=folder("olmo2"))
-        assert code == 2
-        assert "--format" in capsys.readouterr().err
-        assert not out.exists()
+        for drop in ("attn:1", "attn=1"):
+            code, out = pruned(tmp_path, "--format", form, "--drop", drop, source=folder("olmo2"))
+            assert code == 2
+            assert "Use --format hf" in capsys.readouterr().err
+            assert not out.exists()
+
+
+@pytest.fixture(scope="module")
+def scored_run(tiny_run, tmp_path_factory):
+    """A run that holds the scores of the last checkpoint of a trained model."""
+    out = tmp_path_factory.mktemp("scored") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("redundancy_trace.sweep.running._draw", lambda *_: ())
+        rt.trace(tiny_run, revisions=LAST, out=out, quiet=True, **ON_TEXT)
+    return out
+
+
+@pytest.fixture
+def planned(monkeypatch):
+    """What `rt.prune` would carry out: planned as ever, and not written."""
+    monkeypatch.setattr("redundancy_trace.pruning.exporting._exported", lambda _checkpoint, _source, plan, *_: plan)
+    return lambda *where, **asked: rt.prune(*where, out="none", format="zeroed", device="cpu", **asked)
+
+
+@pytest.mark.parametrize(
+    ("drop", "order"),
+    [
+        ("attn=2", "importance"),
+        ("joint=50%", "importance"),
+        ("block=1", "consecutive"),
+        ("mlp=2", "deepest"),
+        ("attn=2", "random:3"),
+    ],
+)
+def test_plans_from_a_run_and_from_scores_made_now_are_one(drop, order, tiny_run, scored_run, planned):
+    expected = rt.plan_drop(scored_run, LAST, drop=drop, order=order)
+    found = planned(tiny_run, LAST, drop=drop, order=order, scores=scored_run)
+    assert found == expected
+    assert found.identity is not None
+    now = planned(tiny_run / LAST, drop=drop, order=order, **ON_TEXT)
+    assert [str(one) for one in now.components] == [str(one) for one in expected.components]
+    assert now.commit == expected.commit
+    if order in ("importance", "consecutive"):
+        values = [one.importance for one in expected.components]
+        assert [one.importance for one in now.components] == pytest.approx(values, abs=1e-9)
+        assert now.identity == expected.identity
+
+
+def test_iterative_plans_score_on_the_runs_own_text(tiny_run, scored_run, planned):
+    ids = np.load(scored_run / "token_ids.npy")
+    expected = drop_one_by_one(parse_spec("joint=2"), rt.load_model(tiny_run, LAST), ids)
+    found = planned(tiny_run, LAST, drop="joint=2", order="iterative", scores=scored_run)
+    assert (found.order, found.components) == ("iterative", expected)
+
+
+@pytest.mark.slow
+def test_an_export_with_code_is_pruned_again_where_its_code_may_run(tmp_path, capsys):
+    once, twice = tmp_path / "out", tmp_path / "twice"
+    assert pruned(tmp_path, "--format", "hf", "--drop", "attn:0")[0] == 0
+    assert '"FOLDER", trust_remote_code=True' in (once / "README.md").read_text()
+    again = ("--format", "zeroed", "--drop", "mlp:2")
+    assert pruned(tmp_path, *again, source=once, out=twice)[0] == 1
+    assert "--trust-remote-code" in capsys.readouterr().err
+    assert pruned(tmp_path, *again, "--trust-remote-code", source=once, out=twice)[0] == 0
+    assert '"FOLDER", trust_remote_code=True' in (twice / "README.md").read_text()
+    ids = torch.from_numpy(token_ids(1))
+    expected = logits_without(built("llama"), ids, {0: {"attn"}, 2: {"mlp"}})
+    with torch.no_grad():
+        assert torch.allclose(loaded(twice)(ids).logits, expected, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.slow
+def test_any_revision_of_a_repository_is_pruned_by_one_command(loopback_hub, tiny_run, tmp_path, monkeypatch):
+    """Its tokenizer is on `main` alone; what was fetched is let go."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    loopback_hub.add_repo("me/model", revisions=branches(tiny_run))
+    on_text = ("--calibration", "pydoc", "--samples", "4", "--sequence-length", "32")
+    asked = ("--revision", "step2", "--endpoint", loopback_hub.url, "--format", "hf", "--drop", "attn=1", *on_text)
+    code, out = pruned(tmp_path, *asked, source="me/model")
+    assert code == 0
+    plan, commit = rt.read_plan(out / "drop_plan.json"), loopback_hub.commit("me/model", "step2")
+    assert (plan.model, plan.revision, plan.commit) == ("me/model", "step2", commit)
+    card = (out / "README.md").read_text()
+    assert "base_model: me/model" in card
+    assert commit in card
+    ids = torch.from_numpy(token_ids(1, vocab=320))
+    model = rt.load_model(tiny_run, "checkpoint-2", device="cpu")
+    assert torch.equal(loaded(out)(ids).logits, rt.drop_(model, plan)(ids).logits)
+    assert (out / "tokenizer.json").is_file()
+    assert not list((tmp_path / "cache" / "redundancy-trace").iterdir())
+
+
+def test_a_run_without_scores_of_the_checkpoint_says_what_makes_them(tiny_run, scored_run, planned):
+    with pytest.raises(rt.InputError, match=r"no scores of checkpoint-4 at commit .*--revisions checkpoint-4 --out"):
+        planned(tiny_run, "checkpoint-4", drop="attn=1", scores=scored_run)
+    with pytest.raises(rt.InputError, match=r"The run is of tiny-run.*, not of llama .*: trace --model llama"):
+        planned(folder("llama"), drop="attn=1", scores=scored_run)
 
 
 def test_a_folder_that_is_there_is_left_alone(tmp_path, capsys):

@@ -10,6 +10,7 @@ import polars as pl
 import pytest
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import LineCollection
 from skipping_by_hand import logits_without
 from tiny_runs import PYDOC, token_file
 
@@ -241,6 +242,20 @@ def test_along_training_the_own_plan_and_the_same_plan_at_the_end():
     assert ax.yaxis.get_transform().linthresh == LINEAR_UP_TO
     with pytest.raises(rt.InputError, match="dropped were attn=1"):
         rt.plot_drop_along(rows, drop="attn=2")
+
+
+def test_of_one_checkpoint_every_order_is_a_point_that_is_seen():
+    alone = along().filter((pl.col("step") == 100) & (pl.col("plan_revision").fill_null("step100") == "step100"))
+    ax = rt.plot_drop_along(alone, drop="attn=1")
+    for style, marker, added in (("-", "o", 0.05), (":", "v", 1.05), ("-", "D", 0.25)):
+        assert [y for _, y in line_of(ax, style, marker)] == [pytest.approx([added])]
+    (reach,) = (one for one in ax.collections if isinstance(one, LineCollection))
+    assert reach.get_segments()[0][:, 1].tolist() == pytest.approx([0.15, 0.35])
+    named = {"own plan, by importance": "o", "deepest first": "v", "random (band: all seeds)": "D"}
+    for figure in (ax.figure, rt.plot_drops_along(alone)):
+        legend = figure.legends[0] if figure.legends else figure.axes[-1].get_legend()
+        handles = zip(legend.texts, legend.legend_handles, strict=True)
+        assert {text.get_text(): line.get_marker() for text, line in handles} == named
 
 
 @pytest.mark.parametrize("draw", [

@@ -250,6 +250,19 @@ def test_the_last_checkpoint_counts_and_how_many_are_like_it_is_told():
     assert droppable(as_curve)[0].answer == "yes", "without blocks, and from trace eval --curve"
 
 
+def test_of_equal_drops_on_two_texts_the_one_of_more_checkpoints_counts():
+    drops = {"attn": {2: 0.1}, "mlp": {2: 0.5}, "block": {2: 0.7}}
+    along = [measured(drops, at=step) for step in STEPS[-2:]]
+    curve = measured({**drops, "attn": {2: 0.4}, "joint": {2: 0.1}}, purpose="curve").with_columns(
+        dataset=pl.lit("another 4x8")
+    )
+    for rows in ([curve, *along], [*along, curve]):
+        check, _ = droppable(*rows)
+        assert check.answer == "yes"
+        assert "on emma 4x8 add" in check.figure
+        assert check.figure.endswith("; less than half at 2 of 2 checkpoints")
+
+
 def test_whether_importance_beats_other_orders():
     best, deepest = measured({"attn": {4: 0.1, 8: 0.1}}), measured({"attn": {4: 0.3, 8: 0.1}}, order="deepest")
     seeds = [measured({"attn": {4: cost}}, order=f"random:{seed}") for seed, cost in enumerate((0.2, 0.6, 0.4))]

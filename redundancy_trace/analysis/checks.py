@@ -285,18 +285,21 @@ def _at_one_number(
         column: What is compared, `component` or `order`.
         wanted: Its values; the first `n_needed` must be there.
         n_needed: How many of them are needed.
-        share: Of all layers: of several sizes, the nearest to it.
+        share: Of all layers: of several sizes, the nearest to it; of several texts, the one of most checkpoints.
 
     Returns:
         Place of the checkpoint, text, number dropped, and what each adds; None where nothing can be compared.
     """
+    there = pl.col(column).filter(pl.col(column).is_in(wanted)).n_unique()
     needed = pl.col(column).filter(pl.col(column).is_in(wanted[:n_needed])).n_unique() == n_needed
-    sizes = costs.group_by("at", "dataset", "n_dropped", maintain_order=True).agg(enough=needed, n=pl.len())
+    sizes = costs.group_by("at", "dataset", "n_dropped", maintain_order=True).agg(enough=needed, n=there)
     sizes = sizes.filter(pl.col("enough"))
     if sizes.is_empty():
         return None
     off = (pl.col("n_dropped") - share * (1 + series.last_layer)).abs()
-    one = sizes.filter(pl.col("at") == pl.col("at").max()).sort(off, "n", descending=[False, True]).head(1)
+    spread = pl.len().over("dataset", "n_dropped")
+    last = sizes.with_columns(spread=spread).filter(pl.col("at") == pl.col("at").max())
+    one = last.sort(off, "n", "spread", descending=[False, True, True], maintain_order=True).head(1)
     rows = costs.join(one, on=["at", "dataset", "n_dropped"], how="semi")
     cells = {row[column]: (row["added"], row["stderr"]) for row in rows.iter_rows(named=True)}
     at, dataset, count = one.select("at", "dataset", "n_dropped").row(0)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from redundancy_trace.cli.printing import say
+from redundancy_trace.errors import InputError
 
 if TYPE_CHECKING:
     from redundancy_trace.pruning.exporting import PruneResult
@@ -17,13 +18,14 @@ def prune_command(
     model: Annotated[str, typer.Option("--model", help="Hub repository (org/name) or local folder.")],
     out: Annotated[Path, typer.Option("--out", help="Folder to write; it must not be there.")],
     export_format: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--format",
-            help="native (whole blocks, a stock model), zeroed (anything, stock, not faster), hf (anything, faster, "
-            "with a file of code), nemotron-nas (Llama-shaped, for vLLM), gguf (Llama-shaped, for llama.cpp).",
+            help="Required: native (whole blocks, a stock model), zeroed (anything, stock, not faster), hf (anything, "
+            "faster, with a file of code), nemotron-nas (Llama-shaped, for vLLM), gguf (Llama-shaped, for llama.cpp).",
+            show_default=False,
         ),
-    ],
+    ] = None,
     revision: Annotated[
         str | None, typer.Option("--revision", help="Which checkpoint; may be left out where there is only one.")
     ] = None,
@@ -67,8 +69,10 @@ def prune_command(
     quiet: Annotated[bool, typer.Option("--quiet", help="Only the result.")] = False,
 ) -> int:
     """Drop components of a checkpoint and write what is left, proven to compute the pruned model."""
-    from redundancy_trace.pruning.exporting import prune
+    from redundancy_trace.pruning.exporting import FORMATS, prune
 
+    if export_format is None:
+        raise InputError(f"--format says how it is written: one of {', '.join(FORMATS)}, such as --format hf.")
     result = prune(
         model,
         revision,

@@ -1,6 +1,6 @@
 """What dropping costs: quality against number dropped, joint drops, speed and memory, and the loss along training."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import polars as pl
@@ -35,6 +35,7 @@ LINEAR_UP_TO = 0.01
 _LABELS = {**COMPONENT_LABELS, "joint": "Joint"}
 _COLOURS = {**COMPONENT_COLOURS, "joint": "#CC79A7"}
 _MARKERS = {"attn": "s", "mlp": "*"}
+_ORDER_MARKERS = {"deepest": "v", "random": "D"}
 _GREY = "0.55"
 _ADDED = "added loss (nats per token)"
 _FINE = (0, (1, 1.5))
@@ -226,7 +227,7 @@ def plot_drop_along(evaluations: pl.DataFrame, *, drop: str, ax: Axes | None = N
     """What one kind of drop adds to the loss, at each checkpoint of a training.
 
     Solid: each checkpoint under its own plan by importance. Dashed: the last checkpoint under the plan of each. Band:
-    each checkpoint under random plans, with their mean. Dotted: deepest first.
+    each checkpoint under random plans, with their mean. Dotted: deepest first. Of one checkpoint they are points.
 
     Args:
         evaluations: Rows of a run, as `trace eval --along` stores them.
@@ -246,6 +247,7 @@ def plot_drop_along(evaluations: pl.DataFrame, *, drop: str, ax: Axes | None = N
         known = rows["plan"].unique(maintain_order=True).to_list()
         raise InputError(f"{drop!r} was not dropped along this run; dropped were {', '.join(known)}.")
     scale = _scale(rows)
+    is_one = _is_of_one(rows)
     with axes_or_new(ax, height=2.8) as on:
         kind = one["component"][0]
         colour = _COLOURS.get(kind, "0.2")
@@ -256,13 +258,18 @@ def plot_drop_along(evaluations: pl.DataFrame, *, drop: str, ax: Axes | None = N
         spread = spread.sort("position_order")
         if not spread.is_empty():
             x = scale.values[spread["position_order"].to_numpy()]
-            on.fill_between(
-                x, spread["low"].to_numpy(), spread["high"].to_numpy(), color=_GREY, alpha=0.25, linewidth=0
-            )
-            on.plot(x, spread["mean"].to_numpy(), color=_GREY, linewidth=0.8)
-        _along_line(on, scale, own.filter(pl.col("order") == "deepest"), color=colour, linestyle=":", linewidth=0.9)
+            low, mean, high = (spread[name].to_numpy() for name in ("low", "mean", "high"))
+            if is_one:
+                on.vlines(x, low, high, color=_GREY, alpha=0.5, linewidth=3)
+            else:
+                on.fill_between(x, low, high, color=_GREY, alpha=0.25, linewidth=0)
+            on.plot(x, mean, color=_GREY, linewidth=0.8, **_points("random", is_one=is_one))
+        deepest = own.filter(pl.col("order") == "deepest")
+        points = _points("deepest", is_one=is_one)
+        _along_line(on, scale, deepest, color=colour, linestyle=":", linewidth=0.9, **points)
         last = one.filter(pl.col("applied") == "last")
-        _along_line(on, scale, last, color=colour, linestyle=(0, (4, 2)), linewidth=0.9)
+        if not is_one:
+            _along_line(on, scale, last, color=colour, linestyle=(0, (4, 2)), linewidth=0.9)
         by_importance = own.filter(pl.col("order") == "importance")
         _along_line(on, scale, by_importance, color=colour, linewidth=1.1, marker="o", markersize=2.5)
         on.set_yscale("symlog", linthresh=LINEAR_UP_TO, linscale=0.6)
@@ -272,7 +279,7 @@ def plot_drop_along(evaluations: pl.DataFrame, *, drop: str, ax: Axes | None = N
         dress_training(on, scale, "x")
         on.set_ylabel(_ADDED)
         if legend:
-            _legend(on, _along_handles(colour, one), ax)
+            _legend(on, _along_handles(colour, one, is_one=is_one), ax)
         text = drop_label(drop)
         on.set_title(title(evaluations, f"{text} dropped") if ax is None else text)
         return on
@@ -311,7 +318,7 @@ def plot_drops_along(evaluations: pl.DataFrame, *, width: Width = "page") -> Fig
             figure.supylabel(_ADDED, fontsize="medium")  # one label is longer than a panel is high
         for ax in panels[len(drops) :]:
             ax.set_axis_off()
-        handles = _along_handles("0.2", rows)
+        handles = _along_handles("0.2", rows, is_one=_is_of_one(rows))
         if len(drops) < panels.size:
             panels[-1].legend(handles=handles, fontsize=7, frameon=False, loc="center")
         else:
@@ -505,21 +512,32 @@ def _order_handles(colour: str, orders: list[str | None]) -> list[Line2D]:
     return handles + _baseline_handles(colour, orders)
 
 
-def _along_handles(colour: str, rows: pl.DataFrame) -> list[Line2D]:
+def _along_handles(colour: str, rows: pl.DataFrame, *, is_one: bool) -> list[Line2D]:
     handles = [Line2D([], [], color=colour, linewidth=1.1, marker="o", markersize=2.5, label="own plan, by importance")]
-    if "last" in rows["applied"].to_list():
+    if "last" in rows["applied"].to_list() and not is_one:  # of one checkpoint it is its own plan
         label = "this plan on the last"
         handles.append(Line2D([], [], color=colour, linestyle=(0, (4, 2)), linewidth=0.9, label=label))
-    return handles + _baseline_handles(colour, rows["order"].to_list())
+    return handles + _baseline_handles(colour, rows["order"].to_list(), is_one=is_one)
 
 
-def _baseline_handles(colour: str, orders: list[str | None]) -> list[Line2D]:
+def _baseline_handles(colour: str, orders: list[str | None], *, is_one: bool = False) -> list[Line2D]:
     handles = []
     if "deepest" in orders:
-        handles.append(Line2D([], [], color=colour, linestyle=":", linewidth=0.9, label="deepest first"))
+        style = _points("deepest", is_one=is_one)
+        handles.append(Line2D([], [], color=colour, linestyle=":", linewidth=0.9, label="deepest first", **style))
     if "random" in orders:
-        handles.append(Line2D([], [], color=_GREY, linewidth=0.8, label="random (band: all seeds)"))
+        style = _points("random", is_one=is_one)
+        handles.append(Line2D([], [], color=_GREY, linewidth=0.8, label="random (band: all seeds)", **style))
     return handles
+
+
+def _is_of_one(rows: pl.DataFrame) -> bool:
+    """Whether what was measured along training is of one checkpoint: a line of one point is not seen."""
+    return rows["position_order"].n_unique() == 1
+
+
+def _points(order: str, *, is_one: bool) -> dict[str, Any]:
+    return {"marker": _ORDER_MARKERS[order], "markersize": 3.5} if is_one else {}
 
 
 def _along_line(ax: Axes, scale: TrainingScale, rows: pl.DataFrame, **style: object) -> None:

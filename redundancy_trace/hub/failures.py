@@ -166,7 +166,7 @@ def explained(error: BaseException, repo: str, url: str, kind: RepoKind = "model
     if isinstance(root, httpx2.ConnectError | httpx2.ConnectTimeout | httpx2.ProxyError):
         return (
             f"Cannot reach {url} ({first_line(root)}). Check the network, --endpoint and HF_ENDPOINT; "
-            "--offline uses local folders and the Hub cache only."
+            f"--offline uses local folders and the Hub cache only.{_no_folder(repo) if kind == 'model' else ''}"
         )
     if isinstance(root, httpx2.TransportError):
         return f"The connection to {url} broke off ({first_line(root)}). Run again: what is finished stays."

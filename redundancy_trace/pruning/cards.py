@@ -81,7 +81,15 @@ class Sizes:
 
 
 def model_card(
-    plan: DropPlan, source: str, commit: str, form: str, proof: Proof, sizes: Sizes, effect: Effect | None
+    plan: DropPlan,
+    source: str,
+    commit: str,
+    form: str,
+    proof: Proof,
+    sizes: Sizes,
+    effect: Effect | None,
+    *,
+    brings_code: bool,
 ) -> str:
     """The text of README.md.
 
@@ -93,9 +101,10 @@ def model_card(
         proof: How it was proven.
         sizes: Of model and cache.
         effect: What the drop cost; None where it was not measured.
+        brings_code: Whether the export holds code that loading it runs.
     """
     base = f"base_model: {source}\n" if "/" in source else ""
-    python = _PYTHON.format(code=", trust_remote_code=True" if form == "hf" else "")
+    python = _PYTHON.format(code=", trust_remote_code=True" if brings_code else "")
     scores = "none: the components were named" if plan.order == "named" and plan.identity is None else None
     if scores is None:
         scores = f"identity `{plan.identity or 'not recorded'}`, on {plan.calibration or 'no named calibration'}"

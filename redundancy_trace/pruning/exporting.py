@@ -17,6 +17,7 @@ from redundancy_trace.pruning.cards import Effect, Sizes, model_card
 from redundancy_trace.pruning.planning import Text, plan_for, text_of
 from redundancy_trace.pruning.plans import DropPlan
 from redundancy_trace.pruning.proving import Proof, Reference, probe, proof_dtype, reference_of
+from redundancy_trace.pruning.selecting import parse_spec
 from redundancy_trace.settings import DTYPES, parse_bytes
 from redundancy_trace.writing import PART, STRAY_AFTER_SECONDS, part_of
 
@@ -144,6 +145,7 @@ def prune(
             tokenizer=tokenizer,
         )
         source = open_source(checkpoint.folder, trust_remote_code=trust_remote_code)
+        written.check_request(source, None if drop is None else parse_spec(drop))
         chosen = plan_for(
             checkpoint,
             len(source.layers),
@@ -200,7 +202,10 @@ def _exported(
             sizes = Sizes(
                 (whole.n_parameters, proof.n_parameters), (whole.cache_bytes, proof.cache_bytes), reference.dtype
             )
-            card = model_card(plan, checkpoint.model, checkpoint.commit, form, proof, sizes, effect)
+            brings_code = form == "hf" or source.has_own_code
+            card = model_card(
+                plan, checkpoint.model, checkpoint.commit, form, proof, sizes, effect, brings_code=brings_code
+            )
             (inside / "README.md").write_text(card, encoding="utf-8")
             plan.write(inside / "drop_plan.json")
             inside.rename(target)

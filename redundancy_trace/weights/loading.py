@@ -37,6 +37,11 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
         with _quiet():
             return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # the library raises many kinds; each means that this config cannot be used
+        if not trust_remote_code and "trust_remote_code" in str(error):
+            raise CheckpointError(
+                f"{folder} brings model code of its own, which transformers lacks. Look at it, then run it with "
+                "--trust-remote-code."
+            ) from error
         raise CheckpointError(f"{file} cannot be used: {first_line(error)}") from error
 
 

@@ -21,6 +21,7 @@ from redundancy_trace.pruning.formats.gguf_vocabulary import Vocabulary, vocabul
 from redundancy_trace.pruning.formats.llama_shaped import LlamaShape, kept_layers, llama_shape, rope_factors
 from redundancy_trace.pruning.plans import DropPlan
 from redundancy_trace.pruning.proving import Proof, Reference, ask_fresh_process
+from redundancy_trace.pruning.selecting import DropSpec
 from redundancy_trace.pruning.sources import Source
 
 FILE = "model.gguf"
@@ -61,7 +62,7 @@ class _Tensor:
     read: Callable[[], Tensor]
 
 
-def check(source: Source, plan: DropPlan) -> None:
+def check_request(source: Source, _spec: DropSpec | None) -> None:
     """Refuse other shapes than Llama's, and a machine on which nothing could be written or proven.
 
     Raises:
@@ -69,9 +70,6 @@ def check(source: Source, plan: DropPlan) -> None:
     """
     llama_shape(source, "gguf")
     rope_factors(source)
-    source.parts(plan)
-    if all("attn" in kept.lost for kept in kept_layers(plan)):
-        raise InputError("llama.cpp takes no model without any attention. Keep one, or use --format hf or zeroed.")
     for package in ("gguf", "xllamacpp"):
         try:
             __import__(package)
@@ -80,6 +78,18 @@ def check(source: Source, plan: DropPlan) -> None:
                 f"--format gguf needs the package {package}, to write and to prove: pip install "
                 "'redundancy-trace[gguf]'."
             ) from None
+
+
+def check(source: Source, plan: DropPlan) -> None:
+    """Refuse a plan that leaves no attention.
+
+    Raises:
+        InputError: It does.
+        CheckpointError: What is dropped cannot be proven.
+    """
+    source.parts(plan)
+    if all("attn" in kept.lost for kept in kept_layers(plan)):
+        raise InputError("llama.cpp takes no model without any attention. Keep one, or use --format hf or zeroed.")
 
 
 def write(source: Source, plan: DropPlan, folder: Path, _shard_bytes: int, on_bytes: OnBytes) -> None:

@@ -36,7 +36,8 @@ def main(file: str, request: str, answer: str, *texts: str) -> None:
     params.warmup = False
     params.verbosity = -1
     server = xllamacpp.Server(params)
-    lengths = np.unique(np.linspace(1, len(row), PREFIXES).round().astype(int))
+    # One less than all: the token that is drawn needs a position too, and the model may have no more.
+    lengths = np.unique(np.linspace(1, len(row) - 1, PREFIXES).round().astype(int))
     address = server.listening_address
     letter = _cut(address, "a")[-1]
     tops = [_likeliest(address, row[:length], letter) for length in lengths]

@@ -13,6 +13,7 @@ from redundancy_trace.errors import InputError
 from redundancy_trace.pruning.formats.folders import OnBytes, write_config, write_tensors
 from redundancy_trace.pruning.plans import DropPlan
 from redundancy_trace.pruning.proving import prove_in_transformers
+from redundancy_trace.pruning.selecting import DropSpec
 from redundancy_trace.pruning.sources import Source, StoredTensor
 
 MODULE = "modeling_pruned"
@@ -45,18 +46,25 @@ class {pruned}({stock}):
 prove = prove_in_transformers
 
 
-def check(source: Source, plan: DropPlan) -> None:
+def check_request(source: Source, _spec: DropSpec | None) -> None:
     """Refuse a model that has code of its own.
 
     Raises:
         InputError: It has.
-        CheckpointError: What is dropped cannot be proven.
     """
     if source.has_own_code:
         raise InputError(
             f"{source.class_name} is code of the checkpoint's own, and --format hf builds on a class of transformers. "
             "Use --format zeroed."
         )
+
+
+def check(source: Source, plan: DropPlan) -> None:
+    """Refuse a plan that cannot be carried out.
+
+    Raises:
+        CheckpointError: What is dropped cannot be proven.
+    """
     source.parts(plan)
 
 

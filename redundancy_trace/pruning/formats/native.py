@@ -9,10 +9,25 @@ from redundancy_trace.pruning.configs import check_same_layers, shortened
 from redundancy_trace.pruning.formats.folders import OnBytes, write_config, write_tensors
 from redundancy_trace.pruning.plans import DropPlan
 from redundancy_trace.pruning.proving import prove_in_transformers
+from redundancy_trace.pruning.selecting import DropSpec
 from redundancy_trace.pruning.sources import Source, StoredTensor
 
 # How an export is proven.
 prove = prove_in_transformers
+_ALONE = "--format hf (faster, with a small file of code), or --format zeroed (stock, not faster)"
+
+
+def check_request(_source: Source, spec: DropSpec | None) -> None:
+    """Refuse attentions or MLPs alone, whichever they will be.
+
+    Raises:
+        InputError: They are asked for.
+    """
+    if spec is not None and spec.wanted in ("attn", "mlp"):
+        raise InputError(
+            f"--format native leaves out whole blocks, and --drop {spec.text} drops only the {spec.wanted} of layers. "
+            f"Use --drop block=2 or the like; or {_ALONE}."
+        )
 
 
 def check(source: Source, plan: DropPlan) -> None:
@@ -26,7 +41,7 @@ def check(source: Source, plan: DropPlan) -> None:
             (component,) = lost
             raise InputError(
                 f"--format native leaves out whole blocks, and the plan drops only the {component} of layer {layer}. "
-                "Use --format hf (faster, with a small file of code), or --format zeroed (stock, not faster)."
+                f"Use {_ALONE}."
             )
     _short_model(source, plan)
 

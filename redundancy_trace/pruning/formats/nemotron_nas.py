@@ -25,6 +25,7 @@ from redundancy_trace.pruning.formats.llama_shaped import (
 )
 from redundancy_trace.pruning.plans import DropPlan
 from redundancy_trace.pruning.proving import TOLERANCE, Proof, Reference, ask_fresh_process, compared
+from redundancy_trace.pruning.selecting import DropSpec
 from redundancy_trace.pruning.sources import Source, StoredTensor
 
 CONFIGURATION = "configuration_decilm"
@@ -36,7 +37,7 @@ _KEPT = (
 )  # fmt: skip
 
 
-def check(source: Source, plan: DropPlan) -> None:
+def check_request(source: Source, _spec: DropSpec | None) -> None:
     """Refuse other shapes than Llama's.
 
     Raises:
@@ -44,6 +45,14 @@ def check(source: Source, plan: DropPlan) -> None:
     """
     llama_shape(source, "nemotron-nas")
     rope_factors(source)
+
+
+def check(source: Source, plan: DropPlan) -> None:
+    """Refuse a plan that cannot be carried out.
+
+    Raises:
+        CheckpointError: What is dropped cannot be proven.
+    """
     source.parts(plan)
 
 
