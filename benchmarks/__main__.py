@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.ratios import Options, Ratio, machine, table, write_results
+from benchmarks.ratios import Options, Ratio, machine, processor_times, table, write_results
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -24,20 +24,24 @@ TABLE = ("scoring", "memory", "pipeline", "growth", "cluster")
 # Too long for it: modules with `add_options(parser)` and `run(options) -> int`.
 APART = ("faults", "large", "engines", "decoding", "vllm_check")
 
+# Share of the processors' time that a hypervisor gave to others, from which it is told.
+_STOLEN = 0.005
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark that is named, or all of the table; 1 if a bound is missed or a benchmark fails."""
     options = _parser().parse_args(arguments)
+    before = processor_times()
     if options.name in APART:
         return int(importlib.import_module(f"benchmarks.{options.name}").run(options))
     _set_environment()
     if options.name is None:
-        return _run_all(options)
+        return _run_all(options, before)
     started = time.monotonic()
     rows = importlib.import_module(f"benchmarks.{options.name}").measure(Options(toy=options.toy))
     if options.toy:
         rows = [replace(row, bound=None) for row in rows]
-    return _tell(rows, {options.name: time.monotonic() - started}, [], options)
+    return _tell(rows, {options.name: time.monotonic() - started}, [], options, before)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -79,7 +83,7 @@ def _set_environment() -> None:
     )
 
 
-def _run_all(options: argparse.Namespace) -> int:
+def _run_all(options: argparse.Namespace, before: tuple[float, float]) -> int:
     """Each benchmark in a process of its own, so that none is measured in what another left behind."""
     rows: list[Ratio] = []
     failed: list[str] = []
@@ -96,7 +100,7 @@ def _run_all(options: argparse.Namespace) -> int:
                 continue
             rows += _read_rows(file)
             print(f"{name}: {seconds[name]:.0f} s", file=sys.stderr, flush=True)
-    return _tell(rows, seconds, failed, options)
+    return _tell(rows, seconds, failed, options, before)
 
 
 def _read_rows(file: Path) -> list[Ratio]:
@@ -104,13 +108,22 @@ def _read_rows(file: Path) -> list[Ratio]:
     return [Ratio(**{name: value for name, value in row.items() if name != "met"}) for row in rows]
 
 
-def _tell(rows: list[Ratio], seconds: dict[str, float], failed: list[str], options: argparse.Namespace) -> int:
+def _tell(
+    rows: list[Ratio],
+    seconds: dict[str, float],
+    failed: list[str],
+    options: argparse.Namespace,
+    before: tuple[float, float],
+) -> int:
     """Print the table and where it was measured, write the JSON; returns the exit code."""
-    on = machine()
+    in_all, stolen = (now - then for now, then in zip(processor_times(), before, strict=True))
+    on = machine() | {"stolen": stolen / in_all if in_all else 0.0}
     versions = ", ".join(f"{name} {number}" for name, number in on["versions"].items())
     print(table(rows))
     print(f"\n{on['cpu']}, {on['cores']} cores, {on['memory_gib']} GiB; {on['system']}, Python {on['python']}")
     print(f"{versions}; {on['date']}; {sum(seconds.values()):.0f} s")
+    if on["stolen"] > _STOLEN:
+        print(f"Other machines took {on['stolen']:.1%} of the processors' time meanwhile: times are less certain.")
     out = options.out or RESULTS / f"{options.name or 'all'}.json"
     write_results(out, rows, seconds, on)
     print(f"Written: {out}")

@@ -27,11 +27,13 @@ _LAYERS = 32
 _ROUNDS = 2
 # Seconds from the start of the process to its end.
 _BOUNDS = {"resume": 2.0, "read_scores": 2.0, "trace stats": 3.0, "heatmaps": 10.0, "all figures": 20.0}
+# Run once, as what else the machine does for a moment is a small part of them.
+_LONG = ("heatmaps", "all figures")
 
 
 @dataclass(frozen=True)
 class _Grown:
-    """Seconds of one run: of its last ten writes (the median), and of each command (the better of two)."""
+    """Seconds of one run: of its last ten writes (the median), and of each command (the better of two, if short)."""
 
     write: float
     seconds: dict[str, float]
@@ -40,7 +42,7 @@ class _Grown:
 def measure(options: Options) -> list[Ratio]:
     """The same for a run of one checkpoint and for one of all."""
     count, layers = (3, 2) if options.toy else (_CHECKPOINTS, _LAYERS)
-    one, all_ = (_grown(number, layers, 1 if options.toy else _ROUNDS) for number in (1, count))
+    one, all_ = _grown(1, layers, 1), _grown(count, layers, 1 if options.toy else _ROUNDS)
     detail = {"layers": layers, "components": 3, "one": vars(one), str(count): vars(all_)}
     size = f"{count} × {layers} × 3"
     rows = [Ratio(f"storing checkpoint {count} of a run ÷ its first", all_.write / one.write, 1.5, detail=detail)]
@@ -71,7 +73,8 @@ def _grown(count: int, layers: int, rounds: int) -> _Grown:
         }
         _run(commands["resume"], folder, environment)  # draws the figures, which a sweep that has nothing to do leaves
         seconds = {
-            name: min(_run(command, folder, environment) for _ in range(rounds)) for name, command in commands.items()
+            name: min(_run(command, folder, environment) for _ in range(1 if name in _LONG else rounds))
+            for name, command in commands.items()
         }
         return _Grown(write, seconds)
 

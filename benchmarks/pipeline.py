@@ -1,7 +1,7 @@
 """Sweeps over a network of a set rate, against their slower half alone; and the time to the first figure.
 
-A loopback Hub whose answers share one cable serves randomly filled checkpoints. A few of them are scored from disk
-first: the seconds that the engine takes for all are one half, the bytes over the rate of the cable are the other.
+A loopback Hub whose answers share one cable serves randomly filled checkpoints. Some are scored from disk before
+and behind: the seconds that the engine takes for all are one half, the bytes over the rate of the cable are the other.
 """
 
 import os
@@ -32,23 +32,25 @@ class Case:
     Attributes:
         shape: Of the model.
         checkpoints: How many.
-        sequences: Of 512 tokens that they are scored on.
+        sequences: Of 512 tokens that the first is scored on.
+        seconds: That each of the others is to take; as many sequences are taken as fill them on this machine.
         balance: Seconds to move the bytes over seconds to score them; 1 leaves the least slack.
     """
 
     shape: Shape
     checkpoints: int
     sequences: int
+    seconds: float
     balance: float = 1.0
 
 
-CASE = Case(Shape(width=768, layers=2, vocabulary=1024), checkpoints=24, sequences=36)
-TOY = Case(Shape(width=64, layers=1, vocabulary=64), checkpoints=3, sequences=2)
+CASE = Case(Shape(width=768, layers=2, vocabulary=1024), checkpoints=24, sequences=24, seconds=4.5)
+TOY = Case(Shape(width=64, layers=1, vocabulary=64), checkpoints=3, sequences=2, seconds=0.1)
+# Times the first's sequences that there are at most.
+_MOST = 8
 BOUND = 1.15
 # Seconds from the command to the figures of one checkpoint, most of which are imports and drawing.
 FIRST_FIGURE_BOUND = 15.0
-# Scored from disk to tell what the engine takes; the first of them warms up and is not counted.
-_FROM_DISK = 4
 
 
 def measure(options: Options) -> list[Ratio]:
@@ -59,22 +61,34 @@ def measure(options: Options) -> list[Ratio]:
     case = TOY if options.toy else CASE
     with tempfile.TemporaryDirectory(prefix="benchmark-pipeline-") as name, LoopbackHub() as hub:
         folder = Path(name)
-        ids = save_checkpoints(case.shape, folder / "model", case.checkpoints, case.sequences)
+        ids = save_checkpoints(case.shape, folder / "model", case.checkpoints, _MOST * case.sequences)
         saved = {f"step{path.name.removeprefix('checkpoint-')}": path for path in (folder / "model").iterdir()}
         hub.add_repo("bench/model", revisions=saved)
         total = sum((path / "model.safetensors").stat().st_size for path in saved.values())
         environment = os.environ | hub.environment(folder / "hf-home")
-        shared = ["--calibration", f"tokens:{ids}", "--samples", str(case.sequences)]
-        local = ["--model", str(folder / "model"), "--out", str(folder / "local"), *shared]
-        first = sweep_timed([*local, "--revisions", "checkpoint-0"], environment)
-        some = ",".join(f"checkpoint-{i}" for i in range(1, min(_FROM_DISK, case.checkpoints)))
-        seconds = sweep_timed([*local, "--revisions", some], environment).scored
-        scoring = sum(seconds.values()) / len(seconds) * case.checkpoints
+        local = ["--model", str(folder / "model"), "--calibration", f"tokens:{ids}", "--out"]
+        few = ["--samples", str(case.sequences), "--revisions", "checkpoint-0"]
+        first = sweep_timed([*local, str(folder / "first"), *few], environment)
+        times = case.seconds / max(1e-3, *first.scored.values())
+        sequences = max(1, round(case.sequences * min(times, _MOST)))
+        samples = ["--samples", str(sequences)]
+
+        def scored_from_disk(out: str) -> float:
+            """Seconds of one checkpoint; the first warms up and is not counted."""
+            some = ["--revisions", "checkpoint-0,checkpoint-1"]
+            timed = sweep_timed([*local, str(folder / out), *samples, *some], environment, until=2)
+            return timed.scored["checkpoint-1"]
+
+        before = scored_from_disk("before")
+        scoring = before * case.checkpoints
         rate = hub.bytes_per_second_of_all = total / (max(scoring, 0.1) * case.balance)
         remote = ["--model", "bench/model", "--out", str(folder / "run"), "--fetch", "file", "--revisions", "all"]
-        swept = sweep_timed([*remote, *shared], environment)
-        bodies = [body for body in hub.bodies if body.sent > total / case.checkpoints / 20]
-        row = _row(case, swept, total, rate, scoring, [(one.began, one.ended or swept.ended) for one in bodies])
+        swept = sweep_timed([*remote, "--calibration", f"tokens:{ids}", *samples], environment)
+        # Before and behind the sweep: machines are faster at one time than at another.
+        scoring = (before + scored_from_disk("behind")) / 2 * case.checkpoints
+        large = [body for body in hub.bodies if body.sent > total / case.checkpoints / 20]
+        bodies = [(body.began, body.ended or swept.ended) for body in large]
+        row = _row(case, sequences, swept, total, rate, scoring, bodies)
         told = {"width": case.shape.width, "layers": case.shape.layers, "tokens": case.sequences * 512}
         name = "from the command to the first figures, one checkpoint on disk"
         return [row, Ratio(name, first.ended - first.started, FIRST_FIGURE_BOUND, detail=told, unit="s")]
@@ -107,12 +121,21 @@ class Swept:
     scored: dict[str, float]
 
 
-def _row(case: Case, swept: Swept, total: int, rate: float, scoring: float, bodies: list[tuple[float, float]]) -> Ratio:
+def _row(
+    case: Case,
+    sequences: int,
+    swept: Swept,
+    total: int,
+    rate: float,
+    scoring: float,
+    bodies: list[tuple[float, float]],
+) -> Ratio:
     moving = total / rate
     wall = swept.ended - swept.started
     last_byte = max(end for _, end in bodies)
     detail: dict[str, Any] = {
         "checkpoints": case.checkpoints,
+        "sequences": sequences,
         "bytes": total,
         "bytes_per_second": rate,
         "seconds": {
@@ -129,8 +152,8 @@ def _row(case: Case, swept: Swept, total: int, rate: float, scoring: float, bodi
     return Ratio(name, wall / max(moving, scoring), BOUND, detail=detail)
 
 
-def sweep_timed(arguments: list[str], environment: Mapping[str, str]) -> Swept:
-    """Run `trace` in a process of its own to its end."""
+def sweep_timed(arguments: list[str], environment: Mapping[str, str], until: int | None = None) -> Swept:
+    """Run `trace` in a process of its own to its end, or until so many checkpoints are scored."""
     started = time.monotonic()
     times: list[float] = []
     process = subprocess.Popen(
@@ -143,7 +166,10 @@ def sweep_timed(arguments: list[str], environment: Mapping[str, str]) -> Swept:
         told.append(line)
         if _SCORED.match(line):
             times.append(time.monotonic())
-    if process.wait():
+        if len(times) == until:
+            process.kill()  # figures are not what is timed
+            break
+    if process.wait() and len(times) != until:
         raise RuntimeError("".join(told))
     scored = {name: float(seconds) for name, seconds in _SCORED.findall("".join(told))}
     return Swept(started, times[0], times[-1], time.monotonic(), scored)

@@ -43,9 +43,9 @@ class Case:
 
 
 CASES = (
-    Case(Shape(width=512, layers=3, vocabulary=25152), whole_rounds=3),
-    Case(Shape(width=1024, layers=4, vocabulary=8384), naive_rounds=1),
-    Case(Shape(width=2048, layers=1, vocabulary=2096), rounds=2),
+    Case(Shape(width=512, layers=1, vocabulary=8384), whole_rounds=3),
+    Case(Shape(width=1024, layers=2, vocabulary=4192), naive_rounds=1),
+    Case(Shape(width=2048, layers=1, vocabulary=2096), sequences=16, rounds=2),
 )
 TOY = (Case(Shape(width=64, layers=2, vocabulary=128), sequences=4, rounds=1, naive_rounds=1, whole_rounds=1),)
 

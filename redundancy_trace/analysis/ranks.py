@@ -4,6 +4,8 @@ The most redundant layer, the one of the smallest importance, comes first. One c
 minutes on a long run; the tests hold every function here against scipy's own.
 """
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -90,14 +92,15 @@ def chance_overlap(n_layers: int, quantile: float = 0.95) -> tuple[Array, Array]
     Returns:
         The expected overlap and that quantile of it, shape (L,) each.
     """
-    from scipy.stats import hypergeom
-
-    k = np.arange(1, n_layers + 1)[:, None]
-    shared = np.arange(n_layers + 1)[None, :]
-    overlap = np.where(shared <= k, shared / np.maximum(2 * k - shared, 1), 0.0)
-    chance = hypergeom.pmf(shared, n_layers, k, k)
-    high = hypergeom.ppf(quantile, n_layers, k[:, 0], k[:, 0])
-    return (chance * overlap).sum(axis=1), high / (2 * k[:, 0] - high)
+    expected, high = np.empty(n_layers), np.empty(n_layers)
+    for k in range(1, n_layers + 1):
+        # Of the hypergeometric distribution, in whole numbers; `scipy.stats` takes longer to import than all of this.
+        sets = np.array([math.comb(k, shared) * math.comb(n_layers - k, k - shared) for shared in range(k + 1)])
+        chance = (sets / math.comb(n_layers, k)).astype(np.float64)
+        overlap = np.arange(k + 1) / (2 * k - np.arange(k + 1))
+        expected[k - 1] = chance @ overlap
+        high[k - 1] = overlap[np.searchsorted(chance.cumsum(), quantile)]
+    return expected, high
 
 
 def settled_from(shared: Counts) -> Counts:
@@ -115,10 +118,13 @@ def settled_from(shared: Counts) -> Counts:
 
 
 def _centred_ranks(values: Array) -> Array:
+    middle = (values.shape[-1] - 1) / 2
+    ordered = np.sort(values, axis=-1)
+    if (ordered[..., 1:] > ordered[..., :-1]).all():  # no ties, as of most scores: scipy need not be imported
+        return np.asarray(drop_places(values) - middle)
     from scipy.stats import rankdata
 
-    ranks: Array = rankdata(values, axis=-1)
-    return np.asarray(ranks - (values.shape[-1] + 1) / 2)
+    return np.asarray(rankdata(values, axis=-1) - 1 - middle)
 
 
 def _signs(values: Array) -> Array:

@@ -450,9 +450,10 @@ def _written(
         folder.mkdir(parents=True, exist_ok=True)
         with paper_style():
             figure = draw()
-            # Arranged once for all formats, as it is printed: that takes as long as drawing.
+            # Arranged once for all formats, as it is printed: that takes as long as drawing, and needs none.
             figure.set_dpi(STYLE["savefig.dpi"])
-            figure.draw_without_rendering()
+            if (engine := figure.get_layout_engine()) is not None:
+                engine.execute(figure)
             figure.set_layout_engine("none")
             for form in formats:
                 save = partial(figure.savefig, format=form, metadata=FORMATS[form])
