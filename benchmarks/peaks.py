@@ -126,10 +126,9 @@ def _scoring(dtype: "torch.dtype", engine: str) -> Run:
     """Score a folder as the checkpoints of one run are, and give its loss."""
     import torch
 
-    from redundancy_trace.engine import score_checkpoint
-    from redundancy_trace.weights import ModelBuilder
+    from redundancy_trace.engine import Kept, score_checkpoint
 
-    kept, cpu = ModelBuilder(), torch.device("cpu")
+    kept, cpu = Kept(), torch.device("cpu")
 
     def run(folder: Path, ids: np.ndarray) -> float | None:
         scores = score_checkpoint(folder, ids, device=cpu, dtype=dtype, engine=engine, kept=kept)

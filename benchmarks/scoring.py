@@ -65,14 +65,14 @@ def _rows(case: Case, folder: Path, dtype: str) -> list[Ratio]:
     import torch
 
     from benchmarks.naive import naive_similarities
-    from redundancy_trace.engine import choose_batch_size, score_checkpoint
-    from redundancy_trace.weights import ModelBuilder, load_whole_model
+    from redundancy_trace.engine import Kept, choose_batch_size, score_checkpoint
+    from redundancy_trace.weights import load_whole_model
 
     ids = random_ids(case.shape.vocabulary, case.sequences)
     device, kind = torch.device("cpu"), getattr(torch, dtype)
     batch_size = choose_batch_size(None, ids.shape[1], len(ids), device)
     model = load_whole_model(folder, device=device, dtype=kind)
-    kept = ModelBuilder()
+    kept = Kept()
 
     def score(some: "np.ndarray", engine: str = "stream") -> None:
         score_checkpoint(folder, some, device=device, dtype=kind, batch_size=batch_size, engine=engine, kept=kept)

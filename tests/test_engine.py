@@ -34,6 +34,7 @@ import redundancy_trace as rt
 from redundancy_trace import cli
 from redundancy_trace.blocks import find_layers
 from redundancy_trace.engine import (
+    Kept,
     choose_batch_size,
     choose_device,
     choose_dtype,
@@ -358,7 +359,7 @@ def test_the_model_is_built_once_for_all_checkpoints_of_a_run(family, tmp_path, 
     monkeypatch.setattr(loading, "_matched", counting)
     torch.manual_seed(1)
     other = AutoModelForCausalLM.from_config(FAMILIES[family](), dtype=torch.float32).eval()
-    second, kept = save(other, tmp_path / "other"), ModelBuilder()
+    second, kept = save(other, tmp_path / "other"), Kept()
     in_turn = [score(path, kept=kept) for path in (folder(family), second, folder(family))]
     assert len(counted) == 1
     for found, path in zip(in_turn, (folder(family), second), strict=False):
@@ -370,11 +371,27 @@ def test_the_model_is_built_once_for_all_checkpoints_of_a_run(family, tmp_path, 
     assert len(counted) == 2
 
 
+def test_the_memory_of_states_is_taken_once_for_all_checkpoints_of_a_run():
+    """And again where another dtype, or more of it, is needed; what the last checkpoint left there changes nothing."""
+    kept, path, taken = Kept(), folder("llama"), []
+    float32, bfloat16 = torch.float32, torch.bfloat16
+    for ids, dtype in [
+        (token_ids(), float32),
+        (token_ids(3), float32),
+        (token_ids(), float32),
+        (token_ids(), bfloat16),
+    ]:
+        assert apart(score(path, ids=ids, dtype=dtype, kept=kept), score(path, ids=ids, dtype=dtype)) == 0
+        taken.append([kept.room(name, 1, dtype).data_ptr() for name in ("states", "distances")])
+    assert taken[0] == taken[1] == taken[2]
+    assert kept.room("states", 1, bfloat16).dtype == bfloat16
+
+
 @pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="needs /proc")
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 def test_no_file_stays_open_with_the_model_that_is_kept(family, tmp_path):
     """Disk that a deleted checkpoint took is free only when nothing maps it any more."""
-    kept, path = ModelBuilder(), save(built(family), tmp_path / "model")
+    kept, path = Kept(), save(built(family), tmp_path / "model")
     score(path, kept=kept)
     gc.collect()
     assert str(path) not in Path("/proc/self/maps").read_text()

@@ -51,6 +51,26 @@ def test_freed_memory_is_kept_until_it_is_given_back():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
+@pytest.mark.parametrize(("let_go", "given_back"), [(5, True), (0, False)])
+def test_the_heap_is_trimmed_where_much_is_let_go(let_go, given_back):
+    """What else is free stays for the next batch, unless weights that lay between go."""
+    free = f"""
+from redundancy_trace.heap import letting_go
+weights = [torch.ones(2**20) for _ in range({let_go})]  # 4 MiB each
+some = [torch.ones(10 * 2**20) for _ in range(5)]
+pin = torch.ones(1000)
+before = resident()
+del some
+with letting_go():
+    weights.clear()
+print(json.dumps(before - resident()))
+"""
+    told = subprocess.run([sys.executable, "-c", MEASURE + free], capture_output=True, text=True, check=True).stdout
+    gone = json.loads(told.splitlines()[-1])
+    assert gone > 200 if given_back else gone < 20, "MiB, of 200 and 20"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
 def test_what_threads_freed_is_given_back_too():
     """A run has a thread of its own read each checkpoint's layers: memory would grow with their number."""
     told = subprocess.run([sys.executable, "-c", MEASURE + THREADS], capture_output=True, text=True, check=True).stdout

@@ -77,11 +77,10 @@ class Scorer:
         """
         import torch
 
-        from redundancy_trace.engine import choose_device
-        from redundancy_trace.weights import ModelBuilder
+        from redundancy_trace.engine import Kept, choose_device
 
         self._scoring = scoring
-        self._built = ModelBuilder()
+        self._kept = Kept()
         self._device = choose_device(device)
         self._dtype = getattr(torch, scoring.dtype)
 
@@ -108,7 +107,7 @@ class Scorer:
             trust_remote_code=self._scoring.trust_remote_code,
             on_progress=watch.on_step,
             weights=weights,
-            kept=self._built,
+            kept=self._kept,
         )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from redundancy_trace.engine.kept import Kept
 from redundancy_trace.errors import CheckpointError
 
 # Most bytes of states that stay in memory, and the share of a GPU's. Not what is free at the moment: a run repeats.
@@ -57,7 +58,7 @@ class HiddenStates:
 
 @contextmanager
 def hidden_states(
-    sizes: Sequence[int], length: int, width: int, dtype: torch.dtype, device: torch.device
+    sizes: Sequence[int], length: int, width: int, dtype: torch.dtype, device: torch.device, kept: Kept
 ) -> Iterator[HiddenStates]:
     """Room for the states of all batches, which is given back at the end.
 
@@ -67,6 +68,7 @@ def hidden_states(
         width: Of the residual stream.
         dtype: Compute dtype.
         device: Where they are used.
+        kept: Has the room from the checkpoint before.
 
     Raises:
         CheckpointError: They are too large for memory, and the temporary folder has no room for them.
@@ -74,7 +76,7 @@ def hidden_states(
     count = sum(sizes) * length * width
     if count * dtype.itemsize <= _most_bytes(device):
         # On the CPU in one block: states that come and go one by one leave holes in the heap that nothing fits.
-        room = torch.empty(count, dtype=dtype) if device.type == "cpu" else None
+        room = kept.room("states", count, dtype) if device.type == "cpu" else None
         yield HiddenStates(sizes, room, device)
         return
     with tempfile.TemporaryDirectory(prefix="redundancy-trace-states-") as name:

@@ -6,12 +6,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from redundancy_trace.engine.kept import Kept
 from redundancy_trace.engine.streaming import score_folder
 from redundancy_trace.engine.whole import score_module
 from redundancy_trace.errors import CheckpointError, InputError
 from redundancy_trace.heap import keep_freed_memory
 from redundancy_trace.metrics import ModelScores
-from redundancy_trace.weights import ModelBuilder, WeightFiles, load_whole_model
+from redundancy_trace.weights import WeightFiles, load_whole_model
 
 # Tokens in one forward: enough to keep a matrix product busy, small beside the weights. On the CPU fewer will do, and
 # what a batch takes is then small enough for glibc to keep rather than to map, and fault in, for every batch anew.
@@ -69,7 +70,7 @@ def score_checkpoint(
     trust_remote_code: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
     weights: WeightFiles | None = None,
-    kept: ModelBuilder | None = None,
+    kept: Kept | None = None,
 ) -> ModelScores:
     """Score a checkpoint folder (config.json and weights) with one of the two engines.
 
@@ -83,14 +84,15 @@ def score_checkpoint(
         trust_remote_code: Whether model code in the folder may be run.
         on_progress: Called with (done, in all): layers of `stream`, batches of `whole`.
         weights: The weights, where they are not in the folder; for `stream` alone.
-        kept: What the checkpoints of a run share: the empty model of `stream` is built once if each is given the same.
+        kept: What the checkpoints of a run share: `stream` builds its empty model, and takes the memory of states, once
+            if each is given the same.
 
     Raises:
         CheckpointError: If this checkpoint cannot be scored: incomplete weights, failed proof, a state not finite, or
             not even one sequence at a time fits the device.
         InputError: If the token ids do not fit the model.
     """
-    kept = kept or ModelBuilder()
+    kept = kept or Kept()
     keep_freed_memory()
 
     def score(size: int) -> ModelScores:

@@ -22,6 +22,7 @@ from redundancy_trace.blocks import (
 )
 from redundancy_trace.engine.checks import check_calibration, check_identity
 from redundancy_trace.engine.hidden import HiddenStates, hidden_states
+from redundancy_trace.engine.kept import Kept
 from redundancy_trace.engine.reading import reading_ahead
 from redundancy_trace.engine.sums import (
     DistanceSums,
@@ -32,7 +33,7 @@ from redundancy_trace.engine.sums import (
 )
 from redundancy_trace.errors import CheckpointError
 from redundancy_trace.metrics import ModelScores, Value
-from redundancy_trace.weights import EmptyModel, ModelBuilder, WeightFiles, release_
+from redundancy_trace.weights import EmptyModel, WeightFiles, release_
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def score_folder(
     trust_remote_code: bool = False,
     on_layer: Callable[[int, int], None] | None = None,
     weights: WeightFiles | None = None,
-    kept: ModelBuilder | None = None,
+    kept: Kept | None = None,
 ) -> ModelScores:
     """Score a checkpoint folder layer by layer.
 
@@ -66,21 +67,25 @@ def score_folder(
         trust_remote_code: Whether model code in the folder may be run.
         on_layer: Called with (layers done, layers in all).
         weights: The weights, where they are not in the folder.
-        kept: Builds the model, or has it from the checkpoint before.
+        kept: Has the empty model and the memory of states from the checkpoint before.
 
     Raises:
         CheckpointError: If weights are incomplete, the proof fails, or a state is not finite.
         InputError: If the token ids do not fit the model.
     """
-    kept = kept or ModelBuilder()
-    empty = kept.build(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code, weights=weights)
+    kept = kept or Kept()
+    empty = kept.models.build(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code, weights=weights)
     check_calibration(token_ids, empty.model)
     with torch.no_grad(), empty.released():
-        return _score(empty, torch.as_tensor(token_ids, dtype=torch.long), batch_size, on_layer)
+        return _score(empty, torch.as_tensor(token_ids, dtype=torch.long), batch_size, on_layer, kept)
 
 
 def _score(
-    empty: EmptyModel, token_ids: Tensor, batch_size: int, on_layer: Callable[[int, int], None] | None
+    empty: EmptyModel,
+    token_ids: Tensor,
+    batch_size: int,
+    on_layer: Callable[[int, int], None] | None,
+    kept: Kept,
 ) -> ModelScores:
     model = empty.model
     layers_name, layers = find_layers(model)
@@ -91,10 +96,14 @@ def _score(
     width, sizes = probe.hidden.shape[-1], [len(batch) for batch in batches]
     values: list[Value] = []
     proven: dict[Hashable, Decomposition] = {}
-    distances = DistanceSums(distance_sequences(*token_ids.shape, width=width, n_layers=len(layers)))
+    wanted = distance_sequences(*token_ids.shape, width=width, n_layers=len(layers))
+    room = None
+    if empty.device.type == "cpu":
+        room = kept.room("distances", (len(layers) + 1) * wanted * inputs.shape[1] * width, probe.hidden.dtype)
+    distances = DistanceSums(wanted, room)
     with (
         reading_ahead(empty.weights, names, empty.device) as layer_tensors,
-        hidden_states(sizes, inputs.shape[1], width, probe.hidden.dtype, empty.device) as states,
+        hidden_states(sizes, inputs.shape[1], width, probe.hidden.dtype, empty.device, kept) as states,
     ):
         arguments = _embed_(surroundings, batches, states)
         _add_state(distances, states)

@@ -219,17 +219,29 @@ def distance_sequences(n_sequences: int, length: int, *, width: int, n_layers: i
 
 @dataclass
 class DistanceSums:
-    """Residual states h_0 … h_L of the first sequences, compared each with each."""
+    """Residual states h_0 … h_L of the first sequences, compared each with each.
+
+    Attributes:
+        n_sequences: How many of them.
+        room: A flat tensor that the states are copied to, as they come; None = each gets memory of its own.
+    """
 
     n_sequences: int
+    room: Tensor | None = None
     _states: list[list[Tensor]] = field(default_factory=lambda: [[]])
 
     def add(self, states_BTD: Tensor) -> bool:
         """Add one batch of the present state, no sequence beyond the first `n_sequences`; whether more is wanted."""
         wanted = self.n_sequences - sum(map(len, self._states[-1]))
         if wanted > 0:
-            self._states[-1].append(states_BTD[:wanted].clone())
+            self._states[-1].append(self._copy(states_BTD[:wanted]))
         return wanted > len(states_BTD)
+
+    def _copy(self, states_BTD: Tensor) -> Tensor:
+        if self.room is None:
+            return states_BTD.clone()
+        here, self.room = self.room.tensor_split([states_BTD.numel()])
+        return here.view(states_BTD.shape).copy_(states_BTD)
 
     def close(self) -> None:
         """The present state is complete."""

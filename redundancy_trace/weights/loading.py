@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from redundancy_trace.errors import CheckpointError, first_line
-from redundancy_trace.heap import give_back_freed_memory
+from redundancy_trace.heap import letting_go
 from redundancy_trace.weights.completeness import refuse_incomplete
 from redundancy_trace.weights.files import WeightFiles, open_weights
 from redundancy_trace.weights.original_olmo import is_original_olmo, native_config, native_weights
@@ -108,10 +108,10 @@ class EmptyModel:
         try:
             yield
         finally:
-            for module, parameters in before:
-                module._parameters.update(parameters)
-            embedding.padding_idx = padding
-            give_back_freed_memory()
+            with letting_go():
+                for module, parameters in before:
+                    module._parameters.update(parameters)
+                embedding.padding_idx = padding
 
     def stored_names(self, module_name: str) -> tuple[str, ...]:
         """Stored names of the tensors that fill the parameters of the submodule `module_name`."""
@@ -252,12 +252,12 @@ def _matched(stored: _Stored, *, device: torch.device, dtype: torch.dtype, trust
 
 def release_(module: nn.Module) -> None:
     """Put all parameters of a module back on the meta device, in place; their memory goes back to the system."""
-    for part in module.modules():
-        for name, parameter in part._parameters.items():
-            if parameter is not None and parameter.device.type != "meta":
-                empty = torch.empty_like(parameter, device="meta")
-                part._parameters[name] = nn.Parameter(empty, requires_grad=False)
-    give_back_freed_memory()
+    with letting_go():
+        for part in module.modules():
+            for name, parameter in part._parameters.items():
+                if parameter is not None and parameter.device.type != "meta":
+                    empty = torch.empty_like(parameter, device="meta")
+                    part._parameters[name] = nn.Parameter(empty, requires_grad=False)
 
 
 def load_whole_model(folder: Path, *, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
