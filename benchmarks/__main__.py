@@ -22,7 +22,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 # Of the table, in its order: modules with `measure(options) -> list[Ratio]`.
 TABLE = ("scoring", "memory", "pipeline", "growth", "cluster")
 # Too long for it: modules with `add_options(parser)` and `run(options) -> int`.
-APART = ("faults", "large", "engines", "decoding", "vllm_check")
+APART = ("deep", "faults", "large", "engines", "decoding", "vllm_check")
 
 # Share of the processors' time that a hypervisor gave to others, from which it is told.
 _STOLEN = 0.005

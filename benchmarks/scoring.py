@@ -2,7 +2,7 @@
 
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,16 +52,21 @@ TOY = (Case(Shape(width=64, layers=2, vocabulary=128), sequences=4, rounds=1, na
 
 def measure(options: Options) -> list[Ratio]:
     """Scoring ÷ forward at each size and dtype, and the naive way ÷ scoring."""
+    return measure_cases(TOY if options.toy else CASES)
+
+
+def measure_cases(cases: Sequence[Case], device: str = "cpu") -> list[Ratio]:
+    """The rows of the cases, one after the other, each in both dtypes."""
     rows = []
-    for case in TOY if options.toy else CASES:
+    for case in cases:
         with tempfile.TemporaryDirectory(prefix="benchmark-scoring-") as name:
             folder = save_decoder(case.shape, Path(name) / "model")
             for dtype in DTYPES:
-                rows += _rows(case, folder, dtype)
+                rows += _rows(case, folder, dtype, device)
     return rows
 
 
-def _rows(case: Case, folder: Path, dtype: str) -> list[Ratio]:
+def _rows(case: Case, folder: Path, dtype: str, where: str) -> list[Ratio]:
     import torch
 
     from benchmarks.naive import naive_similarities
@@ -69,7 +74,7 @@ def _rows(case: Case, folder: Path, dtype: str) -> list[Ratio]:
     from redundancy_trace.weights import load_whole_model
 
     ids = random_ids(case.shape.vocabulary, case.sequences)
-    device, kind = torch.device("cpu"), getattr(torch, dtype)
+    device, kind = torch.device(where), getattr(torch, dtype)
     batch_size = choose_batch_size(None, ids.shape[1], len(ids), device)
     model = load_whole_model(folder, device=device, dtype=kind)
     kept = Kept()
@@ -78,7 +83,7 @@ def _rows(case: Case, folder: Path, dtype: str) -> list[Ratio]:
         score_checkpoint(folder, some, device=device, dtype=kind, batch_size=batch_size, engine=engine, kept=kept)
 
     ways: dict[str, tuple[int, Callable[[Any], object]]] = {
-        "forward": (case.rounds, lambda some: plain_forward(model, torch.as_tensor(some), batch_size)),
+        "forward": (case.rounds, lambda some: plain_forward(model, torch.as_tensor(some, device=device), batch_size)),
         "scoring": (case.rounds, score),
         "naive": (case.naive_rounds, lambda some: naive_similarities(model, some)),
         "whole": (case.whole_rounds, lambda some: score(some, "whole")),
@@ -93,20 +98,21 @@ def _rows(case: Case, folder: Path, dtype: str) -> list[Ratio]:
             rounds, way = ways[name]
             if number < rounds:
                 seconds[name].append(_seconds(way, ids))
-    detail = {**vars(case), "shape": vars(case.shape), "length": ids.shape[1], "dtype": dtype, "seconds": seconds}
+    told = {"length": ids.shape[1], "dtype": dtype, "device": where, "seconds": seconds}
+    detail = {**vars(case), "shape": vars(case.shape), **told}
     bounds = _OVER_FORWARD if case.shape.width >= 1024 else _OVER_FORWARD_SMALL
-    where = f"width {case.shape.width}, {dtype}"
+    of = f"width {case.shape.width}, {dtype}"
 
     def over(first: str, second: str) -> float:
         return median_ratio(list(zip(seconds[first], seconds[second], strict=False)))
 
-    name = f"one-pass scoring with loss ÷ plain forward, {where}"
+    name = f"one-pass scoring with loss ÷ plain forward, {of}"
     rows = [Ratio(name, over("scoring", "forward"), bounds[dtype], detail=detail)]
     if case.naive_rounds:
-        name = f"three naive passes ÷ one-pass scoring, {where}"
+        name = f"three naive passes ÷ one-pass scoring, {of}"
         rows.append(Ratio(name, over("naive", "scoring"), _NAIVE_OVER_SCORING[dtype], "higher", detail))
     if case.whole_rounds:
-        name = f"streaming ÷ whole engine, {where}"
+        name = f"streaming ÷ whole engine, {of}"
         rows.append(Ratio(name, over("scoring", "whole"), _STREAMING_OVER_WHOLE, detail=detail))
     return rows
 

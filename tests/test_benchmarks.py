@@ -13,7 +13,7 @@ sys.path.insert(0, str(ROOT))
 
 import redundancy_trace as rt  # noqa: E402
 from benchmarks import __main__ as benchmarks  # noqa: E402
-from benchmarks import engines, growth, large, pipeline, scoring, vllm_check  # noqa: E402
+from benchmarks import deep, engines, growth, large, pipeline, scoring, vllm_check  # noqa: E402
 from benchmarks.decoders import Shape, random_ids, save_decoder  # noqa: E402
 from benchmarks.naive import naive_similarities  # noqa: E402
 from benchmarks.ratios import Ratio, median_ratio, table  # noqa: E402
@@ -72,6 +72,28 @@ def test_the_table_is_printed_and_written(tmp_path, capsys):
     assert len(rows) == 6
     assert all(row["name"] in told for row in rows)
     assert all(row["value"] > 0 and row["bound"] is None for row in rows)
+
+
+@pytest.mark.slow
+def test_a_deep_decoder_in_small(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(deep, "CASE", scoring.TOY[0])
+    out = tmp_path / "deep.json"
+    assert benchmarks.main(["deep", "--out", str(out)]) in (0, 1)
+    told = capsys.readouterr().out
+    rows = json.loads(out.read_text())["ratios"]
+    assert [row["name"].split(",")[0] for row in rows[:2]] == [
+        "one-pass scoring with loss ÷ plain forward",
+        "three naive passes ÷ one-pass scoring",
+    ]
+    assert all(row["name"] in told and row["value"] > 0 for row in rows)
+    assert {row["detail"]["device"] for row in rows} == {"cpu"}
+
+
+def test_a_device_that_is_not_there_is_told(tmp_path, capsys):
+    out = tmp_path / "deep.json"
+    assert benchmarks.main(["deep", "--device", "cuda:99", "--out", str(out)]) == 2
+    assert "cuda:99" in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_a_missed_bound_is_told(tmp_path, capsys, monkeypatch):
