@@ -35,8 +35,12 @@ def run_folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def undisturbed(run_folder, tmp_path_factory):
     """The table of a local sweep that nothing disturbed."""
+    from redundancy_trace.sweep import running
+
     out = tmp_path_factory.mktemp("undisturbed") / "run"
-    assert cli.run(["--model", str(run_folder), "--out", str(out), "--quiet", *SMALL]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(running, "_draw", lambda *_: ())
+        assert cli.run(["--model", str(run_folder), "--out", str(out), "--quiet", *SMALL]) == 0
     return rt.read_scores(out)
 
 
@@ -84,6 +88,7 @@ def test_a_sweep_over_branches_gives_the_table_of_the_local_files(
     assert loopback_hub.count("GET", "*/resolve/*") == 0, "nothing is fetched twice"
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_tags_are_checkpoints_too(loopback_hub, run_folder, undisturbed, tmp_path):
     tags = {f"global_step{step}": run_folder / f"checkpoint-{step}" for step in RECIPE.saved}
     loopback_hub.add_repo("me/tagged", revisions={"main": {"README.md": b"empty"}}, tags=tags)
@@ -96,6 +101,7 @@ def test_tags_are_checkpoints_too(loopback_hub, run_folder, undisturbed, tmp_pat
     assert_frame_equal(numbers(scores), numbers(undisturbed))
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_the_tokenizer_may_be_the_finished_models(loopback_hub, run_folder, undisturbed, tmp_path):
     bare = {}
     for step in RECIPE.saved:
@@ -109,6 +115,7 @@ def test_the_tokenizer_may_be_the_finished_models(loopback_hub, run_folder, undi
     assert_frame_equal(numbers(rt.read_scores(out)), numbers(undisturbed))
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_faults_of_the_server_change_nothing(loopback_hub, run_folder, undisturbed, tmp_path):
     loopback_hub.add_repo("me/model", revisions=as_branches(run_folder))
     loopback_hub.fault("*/refs", status=503, times=2)
@@ -122,6 +129,7 @@ def test_faults_of_the_server_change_nothing(loopback_hub, run_folder, undisturb
     assert not leftovers(out)
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_while_one_is_scored_the_next_two_are_fetched_and_never_three(loopback_hub, run_folder, tmp_path, monkeypatch):
     from redundancy_trace import engine
 
@@ -144,6 +152,7 @@ def test_while_one_is_scored_the_next_two_are_fetched_and_never_three(loopback_h
     assert fetched_at_start == [3, 4, 5, 5, 5]
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_keep_keeps_and_the_users_own_cache_is_used_and_left_alone(loopback_hub, hub_cache, run_folder, tmp_path):
     from huggingface_hub import snapshot_download
 
@@ -163,6 +172,7 @@ def test_keep_keeps_and_the_users_own_cache_is_used_and_left_alone(loopback_hub,
     assert list((out / ".fetched").rglob("model.safetensors")) == kept
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_offline_after_online(loopback_hub, run_folder, tmp_path, capsys):
     """What an online run left in the user's cache, the tokenizer here, serves a later one without a network."""
     loopback_hub.add_repo("me/model", revisions=as_branches(run_folder))
@@ -190,10 +200,11 @@ def command(*arguments):
     return [sys.executable, "-c", "from redundancy_trace.cli import main; main()", *arguments]
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_interrupted_sweep_stops_cleanly(run_folder, undisturbed, tmp_path):
     out = tmp_path / "run"
-    arguments = command("--model", str(run_folder), "--out", str(out), *SMALL)
-    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    arguments = ["--model", str(run_folder), "--out", str(out), *SMALL]
+    process = subprocess.Popen(command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in process.stderr:
         if line.startswith("[1/"):
             process.send_signal(signal.SIGINT)
@@ -203,10 +214,11 @@ def test_interrupted_sweep_stops_cleanly(run_folder, undisturbed, tmp_path):
     assert "Traceback" not in told
     assert 1 <= len(list((out / "scores").iterdir())) < len(RECIPE.saved)
     assert not leftovers(out)
-    assert subprocess.run(arguments, capture_output=True, check=False).returncode == 0
+    assert cli.run(arguments) == 0
     assert_frame_equal(numbers(rt.read_scores(out)), numbers(undisturbed))
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_one_bad_checkpoint_does_not_end_the_sweep_and_is_tried_again(run_folder, undisturbed, tmp_path, capsys):
     broken = tmp_path / "broken"
     shutil.copytree(run_folder, broken)
@@ -230,6 +242,7 @@ def test_one_bad_checkpoint_does_not_end_the_sweep_and_is_tried_again(run_folder
     assert not failures
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_an_unforeseen_fault_of_one_checkpoint_is_its_failure(run_folder, tmp_path, capsys, monkeypatch):
     from redundancy_trace import engine
 
@@ -248,6 +261,7 @@ def test_an_unforeseen_fault_of_one_checkpoint_is_its_failure(run_folder, tmp_pa
     assert rt.read_scores(out)["step"].unique().sort().to_list() == [0, 2]
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_run_trained_anew_in_place_shows_the_new_weights(run_folder, tmp_path):
     again = tmp_path / "again"
     shutil.copytree(run_folder, again)
@@ -265,6 +279,7 @@ def test_a_run_trained_anew_in_place_shows_the_new_weights(run_folder, tmp_path)
     assert len(list((tmp_path / "run" / "scores").iterdir())) == len(RECIPE.saved) + 2
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_another_calibration_adds_rows_and_another_model_or_dtype_is_refused(run_folder, tmp_path, capsys):
     out = tmp_path / "run"
     arguments = ["--model", str(run_folder), "--revisions", "log:2", "--out", str(out), "--quiet"]
@@ -287,6 +302,7 @@ def test_another_calibration_adds_rows_and_another_model_or_dtype_is_refused(run
     assert "model" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_both_engines_and_score_model_agree_with_the_sweep(run_folder, undisturbed, tmp_path):
     import numpy as np
 

@@ -7,7 +7,6 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-import torch.nn.functional as F
 
 import redundancy_trace as rt
 from redundancy_trace.evaluation import along_rows, counted_sequences
@@ -22,7 +21,6 @@ LOSS = 3.489
 LOSS_WITHOUT_ATTENTIONS = {4: 3.751, 8: 3.936}
 LOSS_WITHOUT_MLPS = {4: 4.021, 8: 5.137}
 LEAST_IMPORTANT = {"attn": [29, 25, 26, 28, 22, 4, 6, 7], "mlp": [25, 16, 17, 13, 15, 14, 24, 26]}
-OUTPUT = {"attn": "self_attn.o_proj", "mlp": "mlp.down_proj"}
 
 
 @pytest.fixture(scope="module")
@@ -62,24 +60,6 @@ def importance(scores, component):
     return 1 - rows.sort("layer")["value"].to_numpy()
 
 
-def loss_without(model, ids, component, layers):
-    """Loss of the model with the output projections of `layers` set to zero, which drops the sublayers exactly."""
-    weights = [model.get_submodule(f"model.layers.{layer}.{OUTPUT[component]}").weight for layer in layers]
-    kept = [weight.detach().clone() for weight in weights]
-    try:
-        with torch.inference_mode():
-            for weight in weights:
-                weight.data.zero_()
-            total = 0.0
-            for row in torch.as_tensor(ids).split(1):
-                logits = model(input_ids=row, use_cache=False).logits[0, :-1]
-                total += float(F.cross_entropy(logits, row[0, 1:], reduction="sum"))
-            return total / (ids.shape[0] * (ids.shape[1] - 1))
-    finally:
-        for weight, values in zip(weights, kept, strict=True):
-            weight.data.copy_(values)
-
-
 def test_loss_and_orders_are_those_measured_before(scores):
     loss = scores.filter(pl.col("metric") == "loss")["value"].item()
     assert loss == pytest.approx(LOSS, abs=1e-3)
@@ -93,13 +73,6 @@ def test_attention_is_far_more_redundant_than_mlp(scores):
     assert (attn < mlp).sum() >= 27  # of 30
     assert attn[:2] == pytest.approx([0.378, 0.166], abs=1e-3)
     assert (mlp[0], mlp[29], attn[24]) == pytest.approx((0.932, 0.257, 0.102), abs=1e-3)
-
-
-@pytest.mark.parametrize(("component", "expected"), [("attn", LOSS_WITHOUT_ATTENTIONS), ("mlp", LOSS_WITHOUT_MLPS)])
-def test_dropping_what_scores_low_costs_what_was_measured(scores, loaded, smollm2, component, expected):
-    order = np.argsort(importance(scores, component))
-    for count, loss in expected.items():
-        assert loss_without(loaded, smollm2[1], component, order[:count]) == pytest.approx(loss, abs=2e-3)
 
 
 def test_export_for_llama_cpp_is_proven_there(smollm2, scores, tmp_path):
@@ -122,17 +95,17 @@ def test_the_model_in_memory_scores_as_the_folder_does(scores, loaded, smollm2):
     assert difference < 1e-6
 
 
-def test_evaluation_under_plans_gives_the_same_losses(scores, loaded, smollm2):
-    """Within 2 % of what separate code measured, attention far below MLP (bars of arXiv 2406.15786, Fig. 5)."""
+def test_dropping_what_scores_low_costs_what_was_measured(scores, loaded, smollm2):
+    """As separate code measured it, attention far below MLP (bars of arXiv 2406.15786, Fig. 5)."""
     windows = counted_sequences(smollm2[1])
     wanted = {"attn": LOSS_WITHOUT_ATTENTIONS, "mlp": LOSS_WITHOUT_MLPS}
     plans = [rt.plan_drop(scores, drop=f"{name}={count}") for name, losses in wanted.items() for count in losses]
     rows = along_rows(loaded, windows, plans)
-    assert rows[0].value == pytest.approx(LOSS, rel=0.02)
+    assert rows[0].value == pytest.approx(LOSS, abs=1e-3)
     found = {(row.component, row.n_dropped): row.value for row in rows if row.metric == "loss"}
     for name, losses in wanted.items():
         for count, loss in losses.items():
-            assert found[name, count] == pytest.approx(loss, rel=0.02)
+            assert found[name, count] == pytest.approx(loss, abs=2e-3)
     added = {(row.component, row.n_dropped): row.value for row in rows if row.metric == "added_loss"}
     assert added["attn", 4] < 0.6 * added["mlp", 4]
     assert added["attn", 8] < 0.3 * added["mlp", 8]
