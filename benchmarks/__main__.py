@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.ratios import Options, Ratio, machine, processor_times, table, write_results
+from benchmarks.ratios import Options, Ratio, machine, processor_times, stolen_since, table, write_results
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -116,8 +116,7 @@ def _tell(
     before: tuple[float, float],
 ) -> int:
     """Print the table and where it was measured, write the JSON; returns the exit code."""
-    in_all, stolen = (now - then for now, then in zip(processor_times(), before, strict=True))
-    on = machine() | {"stolen": stolen / in_all if in_all else 0.0}
+    on = machine() | {"stolen": stolen_since(before)}
     versions = ", ".join(f"{name} {number}" for name, number in on["versions"].items())
     print(table(rows))
     print(f"\n{on['cpu']}, {on['cores']} cores, {on['memory_gib']} GiB; {on['system']}, Python {on['python']}")

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.engines import DECODED, ROUNDS, asked, engine_rows
-from benchmarks.ratios import Ratio, machine, table, write_results
+from benchmarks.ratios import Ratio, machine, tell_apart
 
 ROOT = Path(__file__).parents[1]
 
@@ -27,14 +27,7 @@ def run(options: argparse.Namespace) -> int:
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="benchmark-decoding-") as work:
         rows = measure(Path(work))
-    on = machine()
-    print(table(rows))
-    for row in rows:
-        print(f"{row.name}: {row.detail['told']}")
-    print(f"\n{on['cpu']}, {on['cores']} cores")
-    write_results(options.out, rows, {"decoding": time.monotonic() - started}, on)
-    print(f"Written: {options.out}")
-    return int(any(row.met is False for row in rows))
+    return tell_apart(rows, {"decoding": time.monotonic() - started}, machine(), options.out)
 
 
 def measure(work: Path) -> list[Ratio]:

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from benchmarks.decoders import Shape
-from benchmarks.ratios import machine, processor_times, table, write_results
+from benchmarks.ratios import machine, processor_times, stolen_since, tell_apart
 from benchmarks.scoring import Case, measure_cases
 
 ROOT = Path(__file__).parents[1]
@@ -35,15 +35,10 @@ def run(options: argparse.Namespace) -> int:
         return error.exit_code
     before, started = processor_times(), time.monotonic()
     rows = measure_cases([CASE], str(device))
-    in_all, stolen = (now - then for now, then in zip(processor_times(), before, strict=True))
-    on = machine() | {"stolen": stolen / in_all if in_all else 0.0}
+    on = machine() | {"stolen": stolen_since(before)}
     if device.type == "cuda":
         on["device"] = _name_of(str(device))
-    print(table(rows))
-    print(f"\n{on.get('device', on['cpu'])}, {on['cores']} cores, {on['memory_gib']} GiB; {on['date']}")
-    write_results(options.out, rows, {"deep": time.monotonic() - started}, on)
-    print(f"Written: {options.out}")
-    return int(any(row.met is False for row in rows))
+    return tell_apart(rows, {"deep": time.monotonic() - started}, on, options.out, on.get("device"))
 
 
 def _name_of(device: str) -> str:

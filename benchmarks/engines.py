@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.ratios import Ratio, machine, median_ratio, table, write_results
+from benchmarks.ratios import Ratio, machine, median_ratio, tell_apart
 
 ROOT = Path(__file__).parents[1]
 STANDALONE = Path(__file__).parent / "standalone"
@@ -33,14 +33,7 @@ def run(options: argparse.Namespace) -> int:
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="benchmark-engines-") as work:
         rows = measure(Path(work))
-    on = machine()
-    print(table(rows))
-    for row in rows:
-        print(f"{row.name}: {row.detail['told']}")
-    print(f"\n{on['cpu']}, {on['cores']} cores")
-    write_results(options.out, rows, {"engines": time.monotonic() - started}, on)
-    print(f"Written: {options.out}")
-    return int(any(row.met is False for row in rows))
+    return tell_apart(rows, {"engines": time.monotonic() - started}, machine(), options.out)
 
 
 def measure(work: Path) -> list[Ratio]:

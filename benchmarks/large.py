@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.decoders import random_ids
 from benchmarks.peaks import score_apart
-from benchmarks.ratios import Ratio, machine, table, write_results
+from benchmarks.ratios import Ratio, machine, tell_apart
 
 if TYPE_CHECKING:
     import torch
@@ -47,12 +47,7 @@ def run(options: argparse.Namespace) -> int:
         wrote = time.monotonic() - started
         print(f"{written / 1e9:.1f} GB written in {wrote:.0f} s", file=sys.stderr, flush=True)
         rows = measure(folder, written, VOCABULARY)
-    on = machine()
-    print(table(rows))
-    print(f"\n{on['cpu']}, {on['cores']} cores, {on['memory_gib']} GiB; {on['date']}")
-    write_results(options.out, rows, {"writing": wrote}, on)
-    print(f"Written: {options.out}")
-    return int(any(row.met is False for row in rows))
+    return tell_apart(rows, {"writing": wrote}, machine(), options.out)
 
 
 def measure(folder: Path, written: int, vocabulary: int) -> list[Ratio]:

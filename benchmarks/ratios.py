@@ -105,6 +105,12 @@ def processor_times() -> tuple[float, float]:
     return sum(map(int, fields)) / ticks, int(fields[7]) / ticks
 
 
+def stolen_since(before: tuple[float, float]) -> float:
+    """Share of the processors' time that a hypervisor gave to other machines since `processor_times` gave `before`."""
+    in_all, stolen = (now - then for now, then in zip(processor_times(), before, strict=True))
+    return stolen / in_all if in_all else 0.0
+
+
 def _cpu_model() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -121,3 +127,17 @@ def write_results(path: Path, ratios: Sequence[Ratio], seconds: dict[str, float]
         json.dumps({"machine": on, "seconds": seconds, "ratios": rows}, indent=1, ensure_ascii=False) + "\n",
         encoding="utf-8",
     )
+
+
+def tell_apart(
+    rows: Sequence[Ratio], seconds: dict[str, float], on: dict[str, Any], path: Path, where: str | None = None
+) -> int:
+    """Print the rows of a benchmark that stands apart and where it ran, write the JSON; 1 if a bound is missed."""
+    print(table(rows))
+    for row in rows:
+        if "told" in row.detail:
+            print(f"{row.name}: {row.detail['told']}")
+    print(f"\n{where or on['cpu']}, {on['cores']} cores, {on['memory_gib']} GiB; {on['date']}")
+    write_results(path, rows, seconds, on)
+    print(f"Written: {path}")
+    return int(any(row.met is False for row in rows))

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmarks.ratios import Ratio, machine, table, write_results
+from benchmarks.ratios import Ratio, machine, tell_apart
 
 if TYPE_CHECKING:
     import redundancy_trace as rt
@@ -52,13 +52,8 @@ def run(options: argparse.Namespace) -> int:
         python = environment(options.environment or work / "environment")
         rows = measure(python, work)
     on = machine()
-    print(table(rows))
-    for row in rows:
-        print(f"{row.name}: {row.detail['told']}")
-    print(f"\n{VLLM}, {TORCH}; {on['cpu']}, {on['cores']} cores")
-    write_results(options.out, rows, {"vllm_check": time.monotonic() - started}, on)
-    print(f"Written: {options.out}")
-    return int(any(row.met is False for row in rows))
+    seconds = {"vllm_check": time.monotonic() - started}
+    return tell_apart(rows, seconds, on, options.out, f"{VLLM}, {TORCH}; {on['cpu']}")
 
 
 def environment(folder: Path) -> Path:

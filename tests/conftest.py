@@ -5,7 +5,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -93,13 +92,11 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def undisturbed_run(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of a sweep of the local files that nothing disturbed."""
-    from tiny_runs import PYDOC
+    from tiny_runs import PYDOC, without_figures
 
     from redundancy_trace import cli
-    from redundancy_trace.sweep import running
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(running, "_draw", lambda *_: ())
+    with without_figures():
         out = tmp_path_factory.mktemp("undisturbed") / "run"
         assert cli.run(["--model", str(tiny_run), "--out", str(out), "--quiet", *PYDOC]) == 0
     return out
@@ -114,9 +111,9 @@ def undisturbed(undisturbed_run: Path) -> "pl.DataFrame":
 
 
 @pytest.fixture
-def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sweeps that draw nothing: drawing takes longer than scoring a model this small."""
-    from redundancy_trace.sweep import running
+def no_figures() -> Iterator[None]:
+    """The sweeps of one test draw nothing."""
+    from tiny_runs import without_figures
 
-    monkeypatch.setattr(running, "_draw", lambda *_: ())
-    monkeypatch.setattr(running, "_turn_to_draw", nullcontext)
+    with without_figures():
+        yield

@@ -10,7 +10,7 @@ import torch
 from polars.testing import assert_frame_equal
 from safetensors.torch import load_file, save_file
 from skipping_by_hand import logits_without
-from tiny_runs import PYDOC, STEPS, branches, leftovers, weights_asked
+from tiny_runs import PYDOC, STEPS, branches, leftovers, weights_asked, without_figures
 
 import redundancy_trace as rt
 from redundancy_trace import cli
@@ -24,10 +24,7 @@ LAST = f"checkpoint-{STEPS[-1]}"
 
 
 def swept(model, out, *arguments):
-    from redundancy_trace.sweep import running
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(running, "_draw", lambda *_: ())
+    with without_figures():
         assert cli.run(["--model", str(model), "--out", str(out), "--quiet", *PYDOC, *arguments]) == 0
     return out
 

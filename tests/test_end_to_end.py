@@ -12,7 +12,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
-from tiny_runs import weights_asked
+from tiny_runs import weights_asked, without_figures
 
 import redundancy_trace as rt
 from redundancy_trace import cli
@@ -35,11 +35,8 @@ def run_folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def undisturbed(run_folder, tmp_path_factory):
     """The table of a local sweep that nothing disturbed."""
-    from redundancy_trace.sweep import running
-
     out = tmp_path_factory.mktemp("undisturbed") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(running, "_draw", lambda *_: ())
+    with without_figures():
         assert cli.run(["--model", str(run_folder), "--out", str(out), "--quiet", *SMALL]) == 0
     return rt.read_scores(out)
 

@@ -8,7 +8,7 @@ import numpy as np
 import polars as pl
 import pytest
 from loopback_hub import LoopbackHub
-from tiny_runs import PYDOC, branches, token_file
+from tiny_runs import PYDOC, branches, token_file, without_figures
 
 import redundancy_trace as rt
 from redundancy_trace import cli
@@ -28,11 +28,8 @@ def checkpoint(tiny_run, tmp_path):
 @pytest.fixture(scope="module")
 def run(tiny_run, tmp_path_factory):
     """A sweep's run folder of two checkpoints."""
-    from redundancy_trace.sweep import running
-
     out = tmp_path_factory.mktemp("swept") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(running, "_draw", lambda *_: ())
+    with without_figures():
         given = ["--model", str(tiny_run), "--revisions", "checkpoint-4,checkpoint-8", "--out", str(out)]
         assert cli.run([*given, *PYDOC, "--quiet"]) == 0
     return out

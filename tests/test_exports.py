@@ -12,7 +12,7 @@ from families import FAMILIES, token_ids
 from safetensors import safe_open
 from saved_models import built, byte_level_tokenizer, folder, save
 from skipping_by_hand import logits_without
-from tiny_runs import branches
+from tiny_runs import branches, without_figures
 from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config, LlamaConfig
 
 import redundancy_trace as rt
@@ -245,8 +245,7 @@ def test_families_that_a_format_cannot_express_are_refused(tmp_path, capsys, mon
 def scored_run(tiny_run, tmp_path_factory):
     """A run that holds the scores of the last checkpoint of a trained model."""
     out = tmp_path_factory.mktemp("scored") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("redundancy_trace.sweep.running._draw", lambda *_: ())
+    with without_figures():
         rt.trace(tiny_run, revisions=LAST, out=out, quiet=True, **ON_TEXT)
     return out
 

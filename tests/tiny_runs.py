@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import IO
 
@@ -69,6 +71,19 @@ def weights_asked(hub: LoopbackHub, pattern: str = "*/model.safetensors") -> lis
         return first == "0" and last != "" and int(last) < 2**14
 
     return [one.path for one in hub.matching("GET", pattern) if not measures(one.headers.get("Range", ""))]
+
+
+@contextmanager
+def without_figures() -> Iterator[None]:
+    """Sweeps that draw nothing: drawing takes longer than scoring a model this small."""
+    import pytest  # not at the top: the processes that are killed do without
+
+    from redundancy_trace.sweep import running
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(running, "_draw", lambda *_: ())
+        patch.setattr(running, "_turn_to_draw", nullcontext)
+        yield
 
 
 class Sweeps:
